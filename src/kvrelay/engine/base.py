@@ -1,0 +1,113 @@
+"""What a worker needs from an inference engine."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.kv_transfer.segment import Segment
+from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts that are known once the engine is ready."""
+
+    name: str
+    layout: cluster_pb2.KvLayout
+    max_model_len_tokens: int
+    vocab_size: int
+    num_engine_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvPlan:
+    """Where the KV blocks of one request come from and go to, as slots of the host block store.
+
+    Block `i` of the prompt is loaded from `load[i]`; block `len(load) + j` is saved to `save[j]` once
+    computed. Blocks after those are saved to granted slots, as long as there are any.
+    """
+
+    ticket: int
+    """Names this submission in every `KvReport`; below 2**32, not re-used while the worker lives."""
+    load: Sequence[int] = ()
+    save: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One submission. The worker has validated it: it cannot harm the engine."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: common_pb2.SamplingParams
+    kv: KvPlan
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class KvReportKind(enum.IntEnum):
+    """What the engine has done with slots."""
+
+    LOADED = 1
+    """Every slot of `load` was read; the engine does not read them again."""
+    SAVED = 2
+    """Block `block` is complete in `slot`."""
+    CLOSED = 3
+    """The request is over: no slot of it is read or written after this. Sent exactly once for each ticket."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvReport:
+    kind: KvReportKind
+    ticket: int
+    block: int = 0
+    slot: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStep:
+    """Everything one engine step produced."""
+
+    deltas: list[worker_pb2.TokenDelta] = field(default_factory=list)
+    num_running_requests: int = 0
+    num_waiting_requests: int = 0
+    kv_usage: float = 0.0
+    """Share of the engine's own KV blocks in use, 0..1."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine is gone for good; the worker process must end."""
+
+
+class Engine(ABC):
+    """Runs a model. All methods belong to one event loop."""
+
+    @abstractmethod
+    async def start(self, segment: Segment, on_kv_reports: Callable[[Sequence[KvReport]], None]) -> EngineInfo:
+        """Load the model; the engine maps `segment` and copies blocks to and from its slots.
+
+        `on_kv_reports` is called in the event loop. Raises whatever makes loading impossible.
+        """
+
+    @abstractmethod
+    async def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Its tokens appear in `steps` until a delta has a finish reason."""
+
+    @abstractmethod
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests early; unknown ids are ignored. No delta need follow, but CLOSED does."""
+
+    @abstractmethod
+    def grant(self, slots: Sequence[int]) -> None:
+        """Lend reserved slots for blocks of generated tokens; SAVED gives each back when it is filled."""
+
+    @abstractmethod
+    def steps(self) -> AsyncIterator[EngineStep]:
+        """Yield every step that produced something, in order. Raises `EngineDeadError`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the engine and its processes within a few seconds. Idempotent."""
