@@ -1,0 +1,61 @@
+"""How is a KV block named? By a chained hash of every token up to its end."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+
+from kvrelay.v1 import cluster_pb2
+
+HASH_BYTES = 16
+"""SHA-256 cut to 128 bits: collisions cannot be crafted, and nobody stumbles over one."""
+
+_VERSION = b"kvrelay-block-hash-1"
+
+
+def layout_fingerprint(layout: cluster_pb2.KvLayout) -> bytes:
+    """Digest of everything that makes two workers' blocks interchangeable, the hash's version included."""
+    fields = (
+        layout.model,
+        layout.dtype,
+        layout.num_layers,
+        layout.num_kv_heads,
+        layout.head_elements,
+        layout.block_size_tokens,
+    )
+    return sha256(_VERSION + repr(fields).encode()).digest()[:HASH_BYTES]
+
+
+class BlockHasher:
+    """Hashes of the full blocks of one token sequence that grows: `h[i] = H(h[i-1] || tokens[i])`.
+
+    `h[-1]` covers the layout's fingerprint and the cache salt, so that neither another model's nor
+    another tenant's blocks can be found (DESIGN, section 3).
+    """
+
+    def __init__(self, layout: cluster_pb2.KvLayout, cache_salt: str, token_ids: Iterable[int] = ()) -> None:
+        self._block_size = layout.block_size_tokens
+        self._last = sha256(layout.fingerprint + cache_salt.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
+        self._open: list[int] = []
+        self.hashes: list[bytes] = []
+        self.num_tokens = 0
+        self.append(token_ids)
+
+    def append(self, token_ids: Iterable[int]) -> None:
+        """Add tokens; `hashes` grows by one for each block that they complete."""
+        pending = self._open
+        before = len(pending)
+        pending.extend(token_ids)
+        self.num_tokens += len(pending) - before
+        size = self._block_size
+        full = len(pending) // size
+        for i in range(full):
+            self._last = _next_hash(self._last, pending[i * size : (i + 1) * size])
+            self.hashes.append(self._last)
+        if full:
+            del pending[: full * size]
+
+
+def _next_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    return sha256(previous + array("I", token_ids).tobytes()).digest()[:HASH_BYTES]
