@@ -81,6 +81,11 @@ class Segment:
         """The first `HEADER_BYTES` bytes."""
         return self._view[:HEADER_BYTES]
 
+    @property
+    def slots(self) -> memoryview:
+        """All slots, one after the other."""
+        return self._view[HEADER_BYTES : HEADER_BYTES + self.num_slots * self.slot_bytes]
+
     def slot_view(self, slot: int, offset: int = 0, size: int | None = None) -> memoryview:
         """A writable view of `size` bytes of a slot from `offset`; the whole slot by default. Drop it soon."""
         if not 0 <= slot < self.num_slots:

@@ -19,6 +19,7 @@ def layout_fingerprint(layout: cluster_pb2.KvLayout) -> bytes:
     fields = (
         layout.model,
         layout.dtype,
+        layout.format,
         layout.num_layers,
         layout.num_kv_heads,
         layout.head_elements,

@@ -162,6 +162,7 @@ class KvLayout(_message.Message):
     HEAD_ELEMENTS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Identity of the weights: served model, revision and quantisation."""
     dtype: _builtins.str
@@ -173,7 +174,9 @@ class KvLayout(_message.Message):
     """Elements of K and V together for one token and head."""
     block_size_tokens: _builtins.int
     fingerprint: _builtins.bytes
-    """Seed of the block hashes, derived from the fields above and the hash's version."""
+    """Seed of the block hashes, derived from the other fields and the hash's version."""
+    format: _builtins.str
+    """How K and V lie inside one token's elements, as the engine's attention backend names it."""
     def __init__(
         self,
         *,
@@ -184,10 +187,11 @@ class KvLayout(_message.Message):
         head_elements: _builtins.int = ...,
         block_size_tokens: _builtins.int = ...,
         fingerprint: _builtins.bytes = ...,
+        format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "dtype", b"dtype", "fingerprint", b"fingerprint", "head_elements", b"head_elements", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "dtype", b"dtype", "fingerprint", b"fingerprint", "format", b"format", "head_elements", b"head_elements", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,119 @@
+"""Which blocks are copied in this engine step? The connector's scheduler side, without vLLM and without I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Copies:
+    """What every rank does in one step. Crosses to the ranks with the scheduler's output."""
+
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, engine block): read before the forward pass."""
+    saves: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(slot, engine block, ticket, index of the block in its request): written after it."""
+    loaded: list[int] = field(default_factory=list)
+    """Tickets whose slots are not read after this step's loads."""
+    closed: list[int] = field(default_factory=list)
+    """Tickets that are over: no copy for them follows."""
+
+
+@dataclass(slots=True)
+class _Request:
+    ticket: int
+    load: list[int]
+    save: list[int]
+    first_save: int
+    next_save: int
+    loaded: bool = False
+
+
+class ConnectorPlan:
+    """Follows the requests that carry a plan from admission to their end.
+
+    The caller (`vllm_connector`) tells it what the engine's scheduler decided and sends `take` to the ranks
+    once a step. Blocks of one request are saved in order; a preempted request that computes a block again
+    does not save it again.
+    """
+
+    def __init__(self, block_size: int, *, save_generated: bool = True) -> None:
+        self._block_size = block_size
+        self._save_generated = save_generated
+        self._requests: dict[str, _Request] = {}
+        self._grants: deque[int] = deque()
+        self._copies = Copies()
+
+    def add(self, request_id: str, params: dict[str, object]) -> None:
+        """Admit a request; `params` is `{"ticket": int, "load": [slot...], "save": [slot...]}`."""
+        load = _slots(params["load"])
+        ticket = params["ticket"]
+        if not isinstance(ticket, int):
+            raise TypeError(f"ticket {ticket!r} is not an int")
+        first = len(load)
+        self._requests[request_id] = _Request(ticket, load, _slots(params["save"]), first, first)
+
+    def matched_tokens(self, request_id: str, num_computed_tokens: int) -> int:
+        """Tokens after the first `num_computed_tokens` whose KV can be loaded. Has no side effect."""
+        state = self._requests.get(request_id)
+        if state is None or state.loaded:
+            return 0
+        return max(0, len(state.load) * self._block_size - num_computed_tokens)
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """The scheduler gave the request engine blocks; load the last `num_external_tokens` of the matched ones."""
+        state = self._requests.get(request_id)
+        if state is None or state.loaded:
+            return
+        end = len(state.load)
+        for i in range(end - num_external_tokens // self._block_size, end):
+            self._copies.loads.append((state.load[i], block_ids[i]))
+        state.loaded = True
+        self._copies.loaded.append(state.ticket)
+
+    def scheduled(self, request_id: str, num_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
+        """After this step the request's first `num_tokens` tokens have their KV: save the blocks they complete."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return
+        end = num_tokens // self._block_size
+        if state.next_save >= end:
+            return
+        blocks = block_ids()
+        while state.next_save < end:
+            slot = self._slot_for(state)
+            if slot is None:
+                return
+            self._copies.saves.append((slot, blocks[state.next_save], state.ticket, state.next_save))
+            state.next_save += 1
+
+    def _slot_for(self, state: _Request) -> int | None:
+        index = state.next_save - state.first_save
+        if index < len(state.save):
+            return state.save[index]
+        if self._save_generated and self._grants:
+            return self._grants.popleft()
+        return None
+
+    def grant(self, slots: Iterable[int]) -> None:
+        """Slots for blocks beyond the requests' own."""
+        self._grants.extend(slots)
+
+    def finished(self, request_id: str) -> None:
+        """The request is over, whether it ran or not."""
+        state = self._requests.pop(request_id, None)
+        if state is not None:
+            self._copies.closed.append(state.ticket)
+
+    def take(self) -> Copies:
+        """Everything decided since the last call."""
+        copies, self._copies = self._copies, Copies()
+        return copies
+
+
+def _slots(value: object) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(slot, int) for slot in value):
+        raise TypeError(f"slots are a list of ints, not {value!r}")
+    return value

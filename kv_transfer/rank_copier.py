@@ -1,0 +1,128 @@
+"""How does one rank copy blocks between its paged KV cache and the host block store?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+
+_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """What rank 0 tells the worker about the engine's KV cache, through the segment's header."""
+
+    dtype: str
+    format: str
+    num_layers: int
+    num_kv_heads: int
+    """All heads, over all ranks."""
+    head_elements: int
+    block_size_tokens: int
+    slot_bytes: int
+    num_engine_blocks: int
+    num_ranks: int
+
+    def write(self, header: memoryview) -> None:
+        """Store it in `header`."""
+        text = json.dumps(asdict(self)).encode()
+        header[:_LENGTH_BYTES] = len(text).to_bytes(_LENGTH_BYTES, "little")
+        header[_LENGTH_BYTES : _LENGTH_BYTES + len(text)] = text
+
+    @classmethod
+    def read(cls, header: memoryview) -> RankLayout:
+        """What `write` stored. Raises `ValueError` when nothing was."""
+        size = int.from_bytes(header[:_LENGTH_BYTES], "little")
+        if not 0 < size <= HEADER_BYTES - _LENGTH_BYTES:
+            raise ValueError("the engine has not told the layout of its KV cache")
+        return cls(**json.loads(bytes(header[_LENGTH_BYTES : _LENGTH_BYTES + size])))
+
+
+class UnsupportedKvCacheError(RuntimeError):
+    """The engine's KV cache has a shape that cannot be handed over."""
+
+
+class RankCopier:
+    """Copies rows of bytes: a row is what one rank holds of one block in one layer, `[kv_head, token, K||V]`.
+
+    Slots are canonical, `[layer, kv_head, token, K||V]` with all heads, so ranks of different sizes
+    understand each other; a rank's row is one contiguous run of its slot. Copies are over when the call
+    returns.
+    """
+
+    def __init__(
+        self, segment: Segment, kv_caches: Mapping[str, torch.Tensor], rank: int, num_ranks: int, num_kv_heads: int
+    ) -> None:
+        """`kv_caches`: layer -> `[block, kv_head, token, element]` of this rank, one shape for all.
+
+        `num_kv_heads`: of the whole model. Raises `UnsupportedKvCacheError`.
+        """
+        layers = list(kv_caches.values())
+        first = layers[0]
+        _check(kv_caches)
+        _, heads, tokens, elements = first.shape
+        row_bytes = heads * tokens * elements * first.element_size()
+        layer_bytes = row_bytes // heads * num_kv_heads
+        # With fewer heads than ranks several ranks hold the same head and write the same bytes.
+        first_head = rank * num_kv_heads // num_ranks
+        self.layout = RankLayout(
+            dtype=str(first.dtype).removeprefix("torch."),
+            format=f"{first.device.type}-BHNC",
+            num_layers=len(layers),
+            num_kv_heads=num_kv_heads,
+            head_elements=elements,
+            block_size_tokens=tokens,
+            slot_bytes=layer_bytes * len(layers),
+            num_engine_blocks=first.shape[0],
+            num_ranks=num_ranks,
+        )
+        segment.configure(self.layout.slot_bytes)
+        # [slot, layer, byte]: this rank's rows in the store.
+        store = np.frombuffer(segment.slots, dtype=np.uint8).reshape(segment.num_slots, len(layers), layer_bytes)
+        offset = first_head * row_bytes // heads
+        self._store = torch.from_numpy(store)[:, :, offset : offset + row_bytes]
+        self._engine = [layer.view(torch.uint8).view(layer.shape[0], row_bytes) for layer in layers]
+
+    def load(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Store -> engine for every (slot, engine block)."""
+        for slot, block, count in _runs(copies):
+            for index, layer in enumerate(self._engine):
+                layer[block : block + count].copy_(self._store[slot : slot + count, index])
+
+    def save(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Engine -> store for every (slot, engine block)."""
+        for slot, block, count in _runs(copies):
+            for index, layer in enumerate(self._engine):
+                self._store[slot : slot + count, index].copy_(layer[block : block + count])
+
+
+def _runs(copies: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Join neighbours: (first slot, first block, count)."""
+    start_slot = start_block = count = 0
+    for slot, block in copies:
+        if count and slot == start_slot + count and block == start_block + count:
+            count += 1
+            continue
+        if count:
+            yield start_slot, start_block, count
+        start_slot, start_block, count = slot, block, 1
+    if count:
+        yield start_slot, start_block, count
+
+
+def _check(kv_caches: Mapping[str, torch.Tensor]) -> None:
+    shapes = {(tuple(t.shape), t.dtype) for t in kv_caches.values()}
+    if len(shapes) != 1:
+        raise UnsupportedKvCacheError(f"layers with different KV caches are not supported: {sorted(map(str, shapes))}")
+    for name, tensor in kv_caches.items():
+        if tensor.dim() != 4 or not tensor.is_contiguous():
+            raise UnsupportedKvCacheError(
+                f"the KV cache of layer {name} is {tuple(tensor.shape)} with strides {tensor.stride()};"
+                " needed is a contiguous [block, kv_head, token, element] (vLLM's layout LBHNC)"
+            )

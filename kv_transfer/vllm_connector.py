@@ -1,0 +1,150 @@
+"""The KV connector that vLLM loads: copies blocks between the engine and the host block store.
+
+A request carries its plan in `kv_transfer_params` (`kvrelay.engine.base.KvPlan`). The scheduler side turns plans
+into copies, the ranks carry them out and report over a pipe. No network, no hashing and no waiting here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from kvrelay.kv_transfer.connector_plan import ConnectorPlan, Copies
+from kvrelay.kv_transfer.engine_pipes import GrantReader, RankReport, ReportWriter
+from kvrelay.kv_transfer.rank_copier import RankCopier
+from kvrelay.kv_transfer.segment import Segment
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+LOADED, SAVED, CLOSED = 1, 2, 3
+"""Values of `kvrelay.engine.base.KvReportKind`, which the engine's processes need not import."""
+
+
+class StepCopies(KVConnectorMetadata):
+    """One step's copies, on their way from the scheduler to the ranks."""
+
+    def __init__(self, copies: Copies) -> None:
+        self.copies = copies
+
+
+class KvRelayConnector(KVConnectorBase_V1):
+    """vLLM calls the first half in the scheduler's process, the second in every rank's."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        if role is KVConnectorRole.SCHEDULER:
+            self._plan = ConnectorPlan(
+                vllm_config.cache_config.block_size,
+                # Drafted tokens may be rejected after their KV was written.
+                save_generated=vllm_config.speculative_config is None,
+            )
+            self._grants = GrantReader(extra["grant_path"])
+        else:
+            self._segment = Segment.open(extra["segment_path"])
+            self._reports = ReportWriter(extra["report_path"])
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that does not happen is a block computed again elsewhere."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Blocks of one layer are contiguous, heads before tokens: the store's own order."""
+        return "LBHNC"
+
+    # The scheduler's side.
+
+    def on_new_request(self, request: Request) -> None:
+        if request.kv_transfer_params is not None:
+            self._plan.add(request.request_id, request.kv_transfer_params)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._plan.matched_tokens(request.request_id, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._plan.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        self._plan.grant(self._grants.read())
+        blocks = scheduler_output.kv_connector_block_state
+        assert blocks is not None
+        scheduled = scheduler_output.num_scheduled_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = [(new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs]
+        computed += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        for request_id, num_computed in computed:
+            self._plan.scheduled(
+                request_id,
+                num_computed + scheduled[request_id],
+                lambda request_id=request_id: blocks.resolve_block_ids(request_id)[0],
+            )
+        return StepCopies(self._plan.take())
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._plan.finished(request.request_id)
+        return False, None
+
+    # The ranks' side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        parallel = self._vllm_config.parallel_config
+        model = self._vllm_config.model_config
+        self._rank = parallel.rank % parallel.tensor_parallel_size
+        self._copier = RankCopier(
+            self._segment,
+            kv_caches,
+            self._rank,
+            parallel.tensor_parallel_size,
+            model.get_total_num_kv_heads(),
+        )
+        if self._rank == 0:
+            self._copier.layout.write(self._segment.header)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        copies = self._copies()
+        self._copier.load(copies.loads)
+        self._report(RankReport(LOADED, self._rank, ticket, 0, 0) for ticket in copies.loaded)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are over before the forward pass starts."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Blocks are saved once a step, with all their layers: `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        copies = self._copies()
+        self._copier.save((slot, block) for slot, block, _, _ in copies.saves)
+        self._report(RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves)
+        self._report(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in copies.closed)
+
+    def shutdown(self) -> None:
+        if self.role is KVConnectorRole.SCHEDULER:
+            self._grants.close()
+        else:
+            self._reports.close()
+
+    def _copies(self) -> Copies:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepCopies)
+        return metadata.copies
+
+    def _report(self, reports: Any) -> None:
+        self._reports.add(reports)
+        self._reports.flush()
