@@ -143,7 +143,7 @@ class Prefill(_message.Message):
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Unique in the cluster; the same in the Decode of this request."""
+    """Unique in the cluster; the Decodes of this prompt name it."""
     cache_salt: _builtins.str
     priority: _builtins.int
     decode_address: _builtins.str
@@ -188,12 +188,17 @@ class Decode(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     KV_WAIT_MS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    PREFILL_REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     cache_salt: _builtins.str
     priority: _builtins.int
     kv_wait_ms: _builtins.int
     """A prefill worker pushes blocks for this request: wait for them, at most this long, and then
     compute what is missing. 0: none is coming.
+    """
+    prefill_request_id: _builtins.str
+    """The request_id of the Prefill whose blocks are coming; empty when it is this request_id. The n
+    completions of one prompt share one Prefill.
     """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -213,10 +218,11 @@ class Decode(_message.Message):
         priority: _builtins.int = ...,
         kv_wait_ms: _builtins.int = ...,
         trace: _common_pb2.TraceContext | None = ...,
+        prefill_request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "prefill_request_id", b"prefill_request_id", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
