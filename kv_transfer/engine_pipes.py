@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import os
 import struct
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -51,30 +50,20 @@ class Pipe:
 
 
 class ReportWriter:
-    """A rank's end of the report pipe. Never blocks: what does not fit waits for the next `flush`."""
+    """A rank's end of the report pipe."""
 
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._pending: deque[bytes] = deque()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
-    def add(self, reports: Iterable[RankReport]) -> None:
-        """Queue reports; they are on their way after `flush`."""
+    def write(self, reports: Iterable[RankReport]) -> None:
+        """Send reports. Waits only when the worker is 65,000 of them behind.
+
+        Raises `BrokenPipeError` when the worker is gone.
+        """
         packed = b"".join(_REPORT.pack(r.kind, r.rank, 0, r.ticket, r.block, r.slot) for r in reports)
         step = _PIPE_BUF // _REPORT.size * _REPORT.size
-        self._pending.extend(packed[i : i + step] for i in range(0, len(packed), step))
-
-    def flush(self) -> None:
-        """Write as much as the pipe takes. Raises `BrokenPipeError` when the worker is gone."""
-        while self._pending:
-            try:
-                os.write(self._fd, self._pending[0])
-            except BlockingIOError:
-                return
-            self._pending.popleft()
-
-    @property
-    def has_pending(self) -> bool:
-        return bool(self._pending)
+        for start in range(0, len(packed), step):
+            os.write(self._fd, packed[start : start + step])
 
     def close(self) -> None:
         if self._fd >= 0:

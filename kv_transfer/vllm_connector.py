@@ -115,10 +115,16 @@ class KvRelayConnector(KVConnectorBase_V1):
         if self._rank == 0:
             self._copier.layout.write(self._segment.header)
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Called first in every step. Copies are over when their call returns, so what is closed is closed now."""
+        assert isinstance(kv_connector_metadata, StepCopies)
+        closed = kv_connector_metadata.copies.closed
+        self._reports.write(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in closed)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         copies = self._copies()
         self._copier.load(copies.loads)
-        self._report(RankReport(LOADED, self._rank, ticket, 0, 0) for ticket in copies.loaded)
+        self._reports.write(RankReport(LOADED, self._rank, ticket, 0, 0) for ticket in copies.loaded)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over before the forward pass starts."""
@@ -131,8 +137,7 @@ class KvRelayConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         copies = self._copies()
         self._copier.save((slot, block) for slot, block, _, _ in copies.saves)
-        self._report(RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves)
-        self._report(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in copies.closed)
+        self._reports.write(RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves)
 
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER:
@@ -144,7 +149,3 @@ class KvRelayConnector(KVConnectorBase_V1):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepCopies)
         return metadata.copies
-
-    def _report(self, reports: Any) -> None:
-        self._reports.add(reports)
-        self._reports.flush()

@@ -72,6 +72,8 @@ class EngineStep:
     """Everything one engine step produced."""
 
     deltas: list[worker_pb2.TokenDelta] = field(default_factory=list)
+    has_load: bool = False
+    """Whether the three figures below were measured in this step."""
     num_running_requests: int = 0
     num_waiting_requests: int = 0
     kv_usage: float = 0.0

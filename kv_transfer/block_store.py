@@ -1,0 +1,164 @@
+"""Which slot of the host block store holds which KV block, and who may still touch it?"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class SlotState(enum.Enum):
+    FREE = "free"
+    RESERVED = "reserved"
+    """Somebody writes it; no hash leads to it."""
+    GRANTED = "granted"
+    """Lent to the engine for blocks of generated tokens; no hash leads to it."""
+    READY = "ready"
+    """Complete and found under its hash; evictable while nobody has pinned it."""
+
+
+class SlotError(RuntimeError):
+    """A slot was used against its state: a bug of the caller, never of a peer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreUsage:
+    """Slots by state; they add up to `num_slots`."""
+
+    num_slots: int
+    num_free: int
+    num_reserved: int
+    num_granted: int
+    num_pinned: int
+    num_evictable: int
+
+
+class BlockStore:
+    """Accounts of the slots; the bytes are the segment's.
+
+    One owner, the worker's event loop: no locks. Invariants: a hash leads to one slot and a slot lies under
+    one hash at most; only a ready slot nobody pins is ever taken away from its hash, least recently used
+    first. `reserve`, `pin` and `grant` hand out a duty each: a reserved or granted slot ends by `commit` or
+    `release`, a pin by `unpin`.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._state = [SlotState.FREE] * num_slots
+        self._pins = [0] * num_slots
+        self._hash: list[bytes | None] = [None] * num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._slots: dict[bytes, int] = {}
+        self._num_reserved = 0
+        self._num_granted = 0
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Slots of the longest prefix of `hashes` that is ready. Pins nothing."""
+        slots = []
+        for block_hash in hashes:
+            slot = self._slots.get(block_hash)
+            if slot is None:
+                break
+            slots.append(slot)
+        return slots
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The ready slot of one hash."""
+        return self._slots.get(block_hash)
+
+    def pin(self, slots: Iterable[int]) -> None:
+        """Keep ready slots from eviction until as many `unpin`."""
+        for slot in slots:
+            if self._state[slot] is not SlotState.READY:
+                raise SlotError(f"slot {slot} is {self._state[slot].value}, only ready slots are pinned")
+            self._pins[slot] += 1
+            self._evictable.pop(slot, None)
+
+    def unpin(self, slots: Sequence[int]) -> None:
+        """Give pins back. The last of `slots` is evicted first: a prefix outlives its continuations."""
+        for slot in reversed(slots):
+            if self._pins[slot] < 1:
+                raise SlotError(f"slot {slot} is not pinned")
+            self._pins[slot] -= 1
+            if not self._pins[slot]:
+                self._evictable[slot] = None
+
+    def reserve(self, count: int) -> list[int]:
+        """Up to `count` slots to write to, evicting what is needed; fewer when the rest is in use."""
+        return self._take(count, SlotState.RESERVED)
+
+    def grant(self, count: int) -> list[int]:
+        """Like `reserve`, for slots lent to the engine before anybody knows what for."""
+        return self._take(count, SlotState.GRANTED)
+
+    def _take(self, count: int, state: SlotState) -> list[int]:
+        taken = []
+        while len(taken) < count and (self._free or self._evictable):
+            slot = self._free.pop() if self._free else self._evict()
+            self._state[slot] = state
+            taken.append(slot)
+        if state is SlotState.RESERVED:
+            self._num_reserved += len(taken)
+        else:
+            self._num_granted += len(taken)
+        return taken
+
+    def _evict(self) -> int:
+        slot, _ = self._evictable.popitem(last=False)
+        block_hash = self._hash[slot]
+        assert block_hash is not None
+        del self._slots[block_hash]
+        self._hash[slot] = None
+        return slot
+
+    def commit(self, slot: int, block_hash: bytes) -> int:
+        """The block in a reserved or granted slot is complete; returns its slot, pinned once.
+
+        When another slot holds the same block already, that one is returned and this one is free.
+        """
+        self._leave(slot)
+        known = self._slots.get(block_hash)
+        if known is not None:
+            self._state[slot] = SlotState.FREE
+            self._free.append(slot)
+            self.pin([known])
+            return known
+        self._state[slot] = SlotState.READY
+        self._hash[slot] = block_hash
+        self._slots[block_hash] = slot
+        self._pins[slot] = 1
+        return slot
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Free reserved or granted slots that will not be completed."""
+        for slot in slots:
+            self._leave(slot)
+            self._state[slot] = SlotState.FREE
+            self._free.append(slot)
+
+    def _leave(self, slot: int) -> None:
+        state = self._state[slot]
+        if state is SlotState.RESERVED:
+            self._num_reserved -= 1
+        elif state is SlotState.GRANTED:
+            self._num_granted -= 1
+        else:
+            raise SlotError(f"slot {slot} is {state.value}, neither reserved nor granted")
+
+    def is_granted(self, slot: int) -> bool:
+        """Whether the slot is lent to the engine."""
+        return self._state[slot] is SlotState.GRANTED
+
+    def usage(self) -> StoreUsage:
+        """Slots by state at this moment."""
+        num_slots = len(self._state)
+        ready = len(self._slots)
+        return StoreUsage(
+            num_slots=num_slots,
+            num_free=len(self._free),
+            num_reserved=self._num_reserved,
+            num_granted=self._num_granted,
+            num_pinned=ready - len(self._evictable),
+            num_evictable=len(self._evictable),
+        )

@@ -1,0 +1,143 @@
+"""How do frames reach one other worker? Over a channel and a long-lived push stream of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import grpc
+
+from kvrelay import grpc_options
+from kvrelay.kv_transfer.service import SERVICE
+from kvrelay.v1 import kv_transfer_pb2
+
+AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
+"""Called for every ack of one transfer, and with None when the stream is broken."""
+
+_RPC_TIMEOUT_S = 10.0
+
+
+class PeerError(ConnectionError):
+    """The peer cannot be reached, or the stream to it broke."""
+
+
+class LayoutRefusedError(RuntimeError):
+    """The peer's KV cache has another layout; its message prints both."""
+
+
+class Peer:
+    """The sender's end of everything between two workers. Many transfers share it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc_options.open_channel(address, own_connection=True)
+        self._offer = self._channel.unary_unary(
+            f"/{SERVICE}/Offer",
+            request_serializer=kv_transfer_pb2.OfferRequest.SerializeToString,
+            response_deserializer=kv_transfer_pb2.Want.FromString,
+        )
+        self._commit = self._channel.unary_unary(
+            f"/{SERVICE}/Commit",
+            request_serializer=kv_transfer_pb2.CommitRequest.SerializeToString,
+            response_deserializer=kv_transfer_pb2.CommitResponse.FromString,
+        )
+        self._push = self._channel.stream_stream(
+            f"/{SERVICE}/Push",
+            request_serializer=bytes,
+            response_deserializer=kv_transfer_pb2.FrameAck.FromString,
+        )
+        self._frames: asyncio.Queue[bytes] = asyncio.Queue(maxsize=2)
+        self._handlers: dict[int, AckHandler] = {}
+
+    async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
+        """Raises `PeerError` and `LayoutRefusedError`."""
+        try:
+            return await self._offer(request, timeout=_RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise LayoutRefusedError(error.details()) from error
+            raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
+
+    async def commit(self, transfer_id: int) -> int:
+        """Returns how many wanted blocks did not arrive. Raises `PeerError`."""
+        try:
+            reply = await self._commit(kv_transfer_pb2.CommitRequest(transfer_id=transfer_id), timeout=_RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise PeerError(f"commit to {self.address}: {error.code().name}: {error.details()}") from error
+        return reply.num_missing_blocks
+
+    @contextlib.contextmanager
+    def acks(self, transfer_id: int, handler: AckHandler) -> Iterator[None]:
+        """Within it `handler` gets the transfer's acks."""
+        self._handlers[transfer_id] = handler
+        try:
+            yield
+        finally:
+            del self._handlers[transfer_id]
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._handlers)
+
+    async def send(self, frame: bytes) -> None:
+        """Queue a frame; waits while the peer is slower than we are."""
+        await self._frames.put(frame)
+
+    async def run(self) -> None:
+        """Keep the push stream while there is something to push; ends by cancellation only."""
+        while True:
+            frame = await self._frames.get()
+            call = self._push(self._requests(frame))
+            try:
+                async for ack in call:
+                    handler = self._handlers.get(ack.transfer_id)
+                    if handler is not None:
+                        handler(ack)
+            except grpc.aio.AioRpcError:
+                pass
+            finally:
+                call.cancel()
+                self._broken()
+
+    async def _requests(self, first: bytes) -> AsyncIterator[bytes]:
+        yield first
+        while True:
+            yield await self._frames.get()
+
+    def _broken(self) -> None:
+        while not self._frames.empty():
+            self._frames.get_nowait()
+        for handler in list(self._handlers.values()):
+            handler(None)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+class Peers:
+    """The peers of one worker, made on demand, each with its running task."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        self._peers: dict[str, tuple[Peer, asyncio.Task[None]]] = {}
+
+    def get(self, address: str) -> Peer:
+        """The peer at `host:port`."""
+        known = self._peers.get(address)
+        if known is None:
+            peer = Peer(address)
+            known = self._peers[address] = peer, self._tasks.create_task(peer.run(), name=f"push-{address}")
+        return known[0]
+
+    @property
+    def num_transfers(self) -> int:
+        return sum(peer.num_transfers for peer, _ in self._peers.values())
+
+    async def close(self) -> None:
+        """End all streams and channels."""
+        for peer, task in self._peers.values():
+            task.cancel()
+            await peer.close()
+        self._peers.clear()

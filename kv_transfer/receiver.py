@@ -1,0 +1,222 @@
+"""What does a worker do with KV blocks that others send it? Reserve, check, place, and tell who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.segment import Segment
+from kvrelay.kv_transfer.wire import FrameHeader, checksum
+from kvrelay.v1 import cluster_pb2
+from kvrelay.v1.kv_transfer_pb2 import FrameAck
+
+MAX_OFFERED_BLOCKS = 1 << 20
+
+
+class OfferError(ValueError):
+    """An offer that cannot be taken as it is; the message tells the sender why."""
+
+
+class LayoutMismatchError(OfferError):
+    """The two sides' KV caches differ."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One reservation: the wanted blocks of one offer. Its id is its epoch, never used again."""
+
+    transfer_id: int
+    request_id: str
+    hashes: Sequence[bytes]
+    deadline_s: float
+    slots: dict[int, int] = field(default_factory=dict)
+    """Reserved slots of the blocks that are not complete, by index in the offer."""
+    layers: dict[int, int] = field(default_factory=dict)
+    """Bit set of the layers that arrived, by index of the block."""
+    pinned: list[int] = field(default_factory=list)
+    """Ready slots held for the request, in the offer's order as they came."""
+    settled: bool = False
+    """Whether no more is coming."""
+    received_bytes: int = 0
+    received_blocks: int = 0
+    last_frame_unix_ns: int = 0
+
+
+class Receiver:
+    """All transfers into one worker's store. Belongs to the worker's event loop.
+
+    Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until the hold time is
+    over: what a lost cancel leaves behind frees itself (`expire`). A block that is complete is a cache entry like
+    any other, whatever becomes of its transfer.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        segment: Segment,
+        layout: cluster_pb2.KvLayout,
+        *,
+        hold_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._segment = segment
+        self._layout = layout
+        self._layer_bytes = segment.slot_bytes // layout.num_layers
+        self._hold_s = hold_s
+        self._clock = clock
+        self._transfers: dict[int, Transfer] = {}
+        self._by_request: dict[str, Transfer] = {}
+        self._waiters: dict[str, list[asyncio.Event]] = {}
+        self._all_layers = (1 << layout.num_layers) - 1
+
+    def offer(self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes) -> tuple[int, list[int]]:
+        """Reserve slots for what is missing; returns the transfer's id and the indices of the wanted blocks.
+
+        Fewer blocks than are missing are wanted when the store is full. Raises `OfferError`.
+        """
+        if layout.fingerprint != self._layout.fingerprint:
+            raise LayoutMismatchError(
+                f"the KV caches differ: sender [{describe_layout(layout)}], receiver [{describe_layout(self._layout)}];"
+                " start both workers with the same model, dtype and block size"
+            )
+        if not block_hashes or len(block_hashes) % 16 or len(block_hashes) // 16 > MAX_OFFERED_BLOCKS:
+            raise OfferError(f"block_hashes has {len(block_hashes)} bytes; 16 for each of 1..{MAX_OFFERED_BLOCKS} blocks")
+        self.cancel(request_id)
+        hashes = [block_hashes[i : i + 16] for i in range(0, len(block_hashes), 16)]
+        transfer = Transfer(self._new_id(), request_id, hashes, self._clock() + self._hold_s)
+        missing = []
+        for index, block_hash in enumerate(hashes):
+            slot = self._store.find(block_hash)
+            if slot is None:
+                missing.append(index)
+            else:
+                self._store.pin([slot])
+                transfer.pinned.append(slot)
+        transfer.slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
+        self._transfers[transfer.transfer_id] = transfer
+        self._by_request[request_id] = transfer
+        wanted = list(transfer.slots)
+        if not wanted:
+            self._settle(transfer)
+        return transfer.transfer_id, wanted
+
+    def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status:
+        """Check one frame and copy it into its slots."""
+        transfer = self._transfers.get(header.transfer_id)
+        if transfer is None:
+            return FrameAck.STATUS_STALE
+        if not self._fits(header, transfer, len(payload)):
+            return FrameAck.STATUS_REFUSED
+        if checksum([payload]) != header.checksum:
+            return FrameAck.STATUS_CORRUPT
+        part = header.num_layers * self._layer_bytes
+        offset = header.first_layer * self._layer_bytes
+        bits = ((1 << header.num_layers) - 1) << header.first_layer
+        for i in range(header.num_blocks):
+            self._place_block(transfer, header.first_block + i, offset, bits, payload[i * part : (i + 1) * part])
+        transfer.received_bytes += len(payload)
+        transfer.last_frame_unix_ns = time.time_ns()
+        if not transfer.slots:
+            self._settle(transfer)
+        return FrameAck.STATUS_STORED
+
+    def _fits(self, header: FrameHeader, transfer: Transfer, num_bytes: int) -> bool:
+        end = header.first_block + header.num_blocks
+        return (
+            0 < header.num_blocks <= len(transfer.hashes)
+            and end <= len(transfer.hashes)
+            and 0 < header.num_layers <= self._layout.num_layers
+            and header.first_layer + header.num_layers <= self._layout.num_layers
+            and num_bytes == header.num_blocks * header.num_layers * self._layer_bytes
+        )
+
+    def _place_block(self, transfer: Transfer, index: int, offset: int, bits: int, data: memoryview) -> None:
+        slot = transfer.slots.get(index)
+        if slot is None:  # Not wanted, or complete already: a repeated frame changes nothing.
+            return
+        self._segment.slot_view(slot, offset, len(data))[:] = data
+        layers = transfer.layers.get(index, 0) | bits
+        transfer.layers[index] = layers
+        if layers == self._all_layers:
+            del transfer.slots[index], transfer.layers[index]
+            transfer.pinned.append(self._store.commit(slot, transfer.hashes[index]))
+            transfer.received_blocks += 1
+
+    def commit(self, transfer_id: int) -> int:
+        """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            return 0
+        num_missing = len(transfer.slots)
+        self._store.release(transfer.slots.values())
+        transfer.slots.clear()
+        transfer.layers.clear()
+        self._settle(transfer)
+        return num_missing
+
+    async def wait_settled(self, request_id: str, timeout_s: float) -> Transfer | None:
+        """Until the request's transfer is complete or committed, or for `timeout_s`; its state by then."""
+        transfer = self._by_request.get(request_id)
+        if transfer is not None and transfer.settled:
+            return transfer
+        event = asyncio.Event()
+        self._waiters.setdefault(request_id, []).append(event)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiters[request_id].remove(event)
+            if not self._waiters[request_id]:
+                del self._waiters[request_id]
+        return self._by_request.get(request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """End the request's transfer: free what did not arrive, let go of what did. Unknown ids are fine."""
+        transfer = self._by_request.pop(request_id, None)
+        if transfer is None:
+            return
+        del self._transfers[transfer.transfer_id]
+        self._store.release(transfer.slots.values())
+        self._store.unpin(transfer.pinned)
+
+    def let_go(self, request_id: str) -> None:
+        """A request that has its own pins, or is over, does not need the transfer; others that wait for it may."""
+        transfer = self._by_request.get(request_id)
+        if transfer is not None and (transfer.settled or request_id not in self._waiters):
+            self.cancel(request_id)
+
+    def expire(self) -> int:
+        """Cancel what nobody has asked for within the hold time; returns how many."""
+        now = self._clock()
+        late = [t.request_id for t in self._transfers.values() if t.deadline_s < now]
+        for request_id in late:
+            self.cancel(request_id)
+        return len(late)
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._transfers)
+
+    def _settle(self, transfer: Transfer) -> None:
+        transfer.settled = True
+        for waiter in self._waiters.get(transfer.request_id, ()):
+            waiter.set()
+
+    @staticmethod
+    def _new_id() -> int:
+        return secrets.randbits(63) | 1 << 63
+
+
+def describe_layout(layout: cluster_pb2.KvLayout) -> str:
+    """One line that shows what makes two layouts equal."""
+    return (
+        f"model {layout.model}, {layout.dtype}, {layout.format}, {layout.num_layers} layers, {layout.num_kv_heads} heads"
+        f" of {layout.head_elements}, {layout.block_size_tokens} tokens a block, {layout.fingerprint.hex()}"
+    )

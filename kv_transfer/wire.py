@@ -1,0 +1,123 @@
+"""How is a Frame encoded without copying its payload twice? By hand, in protobuf's own wire format.
+
+A generated message copies its `bytes` field into itself and again when it serializes. Here the header's fields
+are written by hand and the payload follows; what goes over the wire is exactly `kvrelay.v1.Frame`
+(https://protobuf.dev/programming-guides/encoding/), so any protobuf implementation is a valid peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+MAX_PAYLOAD_BYTES = 4 << 20
+"""Largest payload that a sender puts into one frame."""
+MAX_FRAME_BYTES = 64 << 20
+"""Largest frame that a receiver takes: one block of a large model may exceed `MAX_PAYLOAD_BYTES`."""
+
+_FIXED64, _VARINT, _LEN, _FIXED32 = 1, 0, 2, 5
+_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD = range(1, 8)
+
+
+class FrameError(ValueError):
+    """The bytes are not a Frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """`kvrelay.v1.Frame` without its payload."""
+
+    transfer_id: int
+    first_block: int
+    num_blocks: int
+    first_layer: int
+    num_layers: int
+    checksum: int
+
+
+def checksum(parts: Sequence[memoryview | bytes]) -> int:
+    """XXH3-64 of the parts, one after the other."""
+    if len(parts) == 1:
+        return xxhash.xxh3_64_intdigest(parts[0])
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
+def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> bytes:
+    """One Frame whose payload is the parts joined: the only copy on the sender's side."""
+    head = bytearray()
+    _put_fixed64(head, _TRANSFER_ID, header.transfer_id)
+    for field, value in (
+        (_FIRST_BLOCK, header.first_block),
+        (_NUM_BLOCKS, header.num_blocks),
+        (_FIRST_LAYER, header.first_layer),
+        (_NUM_LAYERS, header.num_layers),
+    ):
+        if value:
+            head.append(field << 3 | _VARINT)
+            _put_varint(head, value)
+    _put_fixed64(head, _CHECKSUM, header.checksum)
+    size = sum(len(part) for part in parts)
+    if size:
+        head.append(_PAYLOAD << 3 | _LEN)
+        _put_varint(head, size)
+    return b"".join((head, *parts))
+
+
+def decode_frame(data: bytes) -> tuple[FrameHeader, memoryview]:
+    """The header and a view of the payload inside `data`. Raises `FrameError`."""
+    values = [0] * 8
+    view = memoryview(data)
+    payload = view[:0]
+    position, end = 0, len(data)
+    while position < end:
+        tag, position = _get_varint(data, position)
+        field, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT:
+            value, position = _get_varint(data, position)
+        elif wire_type == _FIXED64:
+            value, position = int.from_bytes(data[position : position + 8], "little"), position + 8
+        elif wire_type == _FIXED32:
+            value, position = int.from_bytes(data[position : position + 4], "little"), position + 4
+        elif wire_type == _LEN:
+            size, position = _get_varint(data, position)
+            start, position, value = position, position + size, 0
+            if field == _PAYLOAD:
+                payload = view[start:position]
+        else:
+            raise FrameError(f"wire type {wire_type} in a frame")
+        if position > end:
+            raise FrameError(f"a frame of {end} bytes is cut short in field {field}")
+        if 0 < field < _PAYLOAD:
+            values[field] = value
+    return FrameHeader(*values[_TRANSFER_ID:_PAYLOAD]), payload
+
+
+def _put_varint(out: bytearray, value: int) -> None:
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+def _put_fixed64(out: bytearray, field: int, value: int) -> None:
+    if value:
+        out.append(field << 3 | _FIXED64)
+        out += value.to_bytes(8, "little")
+
+
+def _get_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise FrameError(f"a varint does not end in a frame of {len(data)} bytes")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7

@@ -1,0 +1,227 @@
+"""What runs in a worker whatever its role: one engine, one host block store, and the loops between them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from kvrelay.block_hash import BlockHasher
+from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
+from kvrelay.errors import InvalidRequestError
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.peer import Peers
+from kvrelay.kv_transfer.receiver import Receiver
+from kvrelay.kv_transfer.segment import Segment
+from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.worker.submission import BlockHandler, Sink, Submission
+
+_EXPIRE_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """The host block store."""
+
+    size_bytes: int = 2 << 30
+    max_granted_blocks: int = 64
+    """Slots lent to the engine for blocks of generated tokens; an eighth of the store at most."""
+    transfer_hold_s: float = 60.0
+    """How long received blocks are held for a request that does not come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a role submits."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: common_pb2.SamplingParams
+    cache_salt: str
+    priority: int
+
+
+class WorkerHost:
+    """Owns the engine, the store and everything that is in flight between them. Made by `open_host`."""
+
+    def __init__(
+        self, engine: Engine, info: EngineInfo, segment: Segment, peers: Peers, config: StoreConfig
+    ) -> None:
+        self.info = info
+        self.segment = segment
+        self.peers = peers
+        self.store = BlockStore(segment.num_slots)
+        self.receiver = Receiver(self.store, segment, info.layout, hold_s=config.transfer_hold_s)
+        self.counters: Counter[str] = Counter()
+        self.block_size = info.layout.block_size_tokens
+        self._engine = engine
+        self._tickets = itertools.count(1)
+        self._by_ticket: dict[int, Submission] = {}
+        self._by_engine_id: dict[str, Submission] = {}
+        self._load = EngineStep()
+        self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
+        self._num_granted = 0
+        self._queued_tokens = 0
+
+    def hasher(self, cache_salt: str, token_ids: Sequence[int]) -> BlockHasher:
+        """Block hashes of a sequence in this worker's layout."""
+        return BlockHasher(self.info.layout, cache_salt, token_ids)
+
+    def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
+        """Refuse what could harm the engine. Raises `InvalidRequestError`.
+
+        The coordinator has checked already; a worker does not rely on it.
+        """
+        limit = self.info.max_model_len_tokens
+        if not 0 < len(prompt_token_ids) < limit:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt_token_ids)} tokens; allowed are 1 to {limit - 1}", field="prompt"
+            )
+        ids = itertools.chain(prompt_token_ids, params.allowed_token_ids, params.logit_bias, params.all_stop_token_ids)
+        if max(ids) >= self.info.vocab_size:
+            raise InvalidRequestError(
+                f"a token id is outside of the vocabulary of {self.info.vocab_size} tokens", field="prompt"
+            )
+        if params.HasField("max_tokens") and params.max_tokens < 1:
+            raise InvalidRequestError("max_tokens is 0; at least one token is generated", field="max_tokens")
+
+    async def submit(
+        self, work: Work, hasher: BlockHasher, *, load: Sequence[int], sink: Sink, on_block: BlockHandler | None = None
+    ) -> Submission:
+        """Hand a request to the engine. `load` are pinned slots of its first blocks; the pins pass over."""
+        num_full = len(hasher.hashes)
+        save = self.store.reserve(num_full - len(load))
+        submission = Submission(
+            next(self._tickets), work.request_id, self.store, hasher, load=load, save=save, sink=sink, on_block=on_block
+        )
+        self._by_ticket[submission.ticket] = submission
+        self._by_engine_id[submission.engine_request_id] = submission
+        self._queued_tokens += submission.num_prompt_tokens
+        self.counters["prompt_blocks_loaded"] += len(load)
+        self.counters["requests"] += 1
+        try:
+            await self._engine.submit(
+                EngineRequest(
+                    request_id=submission.engine_request_id,
+                    prompt_token_ids=work.prompt_token_ids,
+                    sampling=work.sampling,
+                    kv=KvPlan(ticket=submission.ticket, load=load, save=save),
+                    cache_salt=work.cache_salt,
+                    priority=work.priority,
+                )
+            )
+        except BaseException:
+            self._forget(submission)
+            submission.end()
+            submission.close()
+            del self._by_ticket[submission.ticket]
+            raise
+        return submission
+
+    async def abort(self, submission: Submission) -> None:
+        """End a request early; its slots come back as soon as the engine lets go of them."""
+        if submission.ended.is_set():
+            return
+        self._forget(submission)
+        submission.end()
+        await self._engine.abort([submission.engine_request_id])
+
+    def _forget(self, submission: Submission) -> None:
+        if self._by_engine_id.pop(submission.engine_request_id, None) and not submission.has_first_token:
+            self._queued_tokens -= submission.num_prompt_tokens
+
+    async def run(self) -> None:
+        """Deliver the engine's steps until it dies; raises `EngineDeadError` then."""
+        async for step in self._engine.steps():
+            if step.has_load:
+                self._load = step
+            for delta in step.deltas:
+                submission = self._by_engine_id.get(delta.request_id)
+                if submission is None:  # Aborted meanwhile.
+                    continue
+                if not submission.has_first_token and delta.token_ids:
+                    self._queued_tokens -= submission.num_prompt_tokens
+                self.counters["tokens"] += len(delta.token_ids)
+                submission.add_delta(delta)
+                if submission.ended.is_set():
+                    self._forget(submission)
+
+    def on_kv_reports(self, reports: Sequence[KvReport]) -> None:
+        """Follow what the engine does with slots."""
+        for report in reports:
+            submission = self._by_ticket[report.ticket]
+            if report.kind is KvReportKind.SAVED:
+                self._num_granted -= self.store.is_granted(report.slot)
+                self.counters["blocks_saved"] += 1
+                submission.saved(report.block, report.slot)
+            elif report.kind is KvReportKind.LOADED:
+                submission.loaded()
+            else:
+                submission.close()
+                del self._by_ticket[report.ticket]
+        self.top_up_grants()
+
+    def top_up_grants(self) -> None:
+        """Lend the engine slots up to the limit."""
+        slots = self.store.grant(self._max_granted - self._num_granted)
+        self._num_granted += len(slots)
+        if slots:
+            self._engine.grant(slots)
+
+    async def expire(self) -> None:
+        """Let go of transfers that nobody asks for."""
+        while True:
+            await asyncio.sleep(_EXPIRE_INTERVAL_S)
+            self.counters["transfers_expired"] += self.receiver.expire()
+
+    def status(self, worker_id: str) -> worker_pb2.WorkerStatus:
+        """Gauges of this moment."""
+        usage = self.store.usage()
+        return worker_pb2.WorkerStatus(
+            worker_id=worker_id,
+            num_running_requests=self._load.num_running_requests,
+            num_waiting_requests=max(0, len(self._by_engine_id) - self._load.num_running_requests),
+            num_queued_prompt_tokens=self._queued_tokens,
+            engine_kv_usage=self._load.kv_usage,
+            num_incoming_transfers=self.receiver.num_transfers,
+            num_outgoing_transfers=self.peers.num_transfers,
+            counters=self.counters,
+            store=worker_pb2.BlockStoreStatus(
+                num_slots=usage.num_slots,
+                num_free=usage.num_free,
+                num_reserved=usage.num_reserved,
+                num_pinned=usage.num_pinned,
+                num_evictable=usage.num_evictable,
+                num_granted=usage.num_granted,
+                slot_bytes=self.segment.slot_bytes,
+            ),
+        )
+
+
+@asynccontextmanager
+async def open_host(engine: Engine, config: StoreConfig) -> AsyncIterator[WorkerHost]:
+    """Start the engine, which may take minutes, and run a host over it; end both at exit.
+
+    An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
+    """
+    segment = Segment.create(config.size_bytes)
+    try:
+        # Reports are about submissions, so none comes before the host is there.
+        info = await engine.start(segment, lambda reports: host.on_kv_reports(reports))
+        async with asyncio.TaskGroup() as tasks:
+            peers = Peers(tasks)
+            host = WorkerHost(engine, info, segment, peers, config)
+            host.top_up_grants()
+            loops = [tasks.create_task(host.run(), name="engine-steps"), tasks.create_task(host.expire(), name="expire")]
+            try:
+                yield host
+            finally:
+                await peers.close()
+                for loop in loops:
+                    loop.cancel()
+    finally:
+        await engine.close()
+        segment.close()

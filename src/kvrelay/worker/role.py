@@ -1,0 +1,31 @@
+"""The contract between a worker's session and what it does with a request."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvrelay.v1 import worker_pb2
+from kvrelay.worker.submission import Sink
+
+
+class PrefillRunner(Protocol):
+    """Carries out `Prefill` messages."""
+
+    async def prefill(self, request: worker_pb2.Prefill, sink: Sink) -> None:
+        """Until the request's KV has left, or the task is cancelled; frees everything either way.
+
+        Raises `KvrelayError` when the request fails.
+        """
+
+
+class DecodeRunner(Protocol):
+    """Carries out `Decode` messages."""
+
+    async def decode(self, request: worker_pb2.Decode, sink: Sink) -> None:
+        """Until the last token was given to `sink`, or the task is cancelled; frees everything either way.
+
+        Raises `KvrelayError` when the request fails.
+        """
+
+    def forget(self, request_id: str) -> None:
+        """The request is cancelled, perhaps before its `Decode` came: let go of blocks received for it."""

@@ -1,0 +1,122 @@
+"""One coordinator's stream: messages in, tasks on them, everything they produce out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+
+import structlog
+
+from kvrelay.errors import InvalidRequestError, KvrelayError
+from kvrelay.v1 import worker_pb2
+from kvrelay.worker.role import DecodeRunner, PrefillRunner
+
+_log = structlog.get_logger(__name__)
+_STATUS_INTERVAL_S = 0.25
+_Failed = worker_pb2.RequestFailed
+
+
+class Session:
+    """The requests of one coordinator. They end with the stream that brought them.
+
+    Deltas and failures wait in one outbox; whatever is there when the stream takes a message goes out together, so
+    the tokens of an engine step travel in one message and a slow coordinator gets larger ones, not more of them.
+    """
+
+    def __init__(
+        self, prefill: PrefillRunner, decode: DecodeRunner, status: Callable[[], worker_pb2.WorkerStatus]
+    ) -> None:
+        self._prefill = prefill
+        self._decode = decode
+        self._status = status
+        self._jobs: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._deltas: list[worker_pb2.TokenDelta] = []
+        self._others: list[worker_pb2.WorkerMessage] = []
+        self._outbox_filled = asyncio.Event()
+
+    async def run(
+        self,
+        messages: AsyncIterator[worker_pb2.CoordinatorMessage],
+        write: Callable[[worker_pb2.WorkerMessage], Awaitable[None]],
+    ) -> None:
+        """Serve until the coordinator closes the stream or the caller is cancelled; no job outlives this."""
+        async with asyncio.TaskGroup() as tasks:
+            loops = [tasks.create_task(self._write(write)), tasks.create_task(self._report_status())]
+            try:
+                async for message in messages:
+                    self._handle(message, tasks)
+            finally:
+                for task in [*loops, *self._jobs.values()]:
+                    task.cancel()
+
+    async def _report_status(self) -> None:
+        last = None
+        while True:
+            status = self._status()
+            if status != last:
+                self._post(worker_pb2.WorkerMessage(status=status))
+                last = status
+            await asyncio.sleep(_STATUS_INTERVAL_S)
+
+    def _post(self, message: worker_pb2.WorkerMessage) -> None:
+        self._others.append(message)
+        self._outbox_filled.set()
+
+    def _handle(self, message: worker_pb2.CoordinatorMessage, tasks: asyncio.TaskGroup) -> None:
+        match message.WhichOneof("message"):
+            case "prefill":
+                request = message.prefill
+                self._start(("prefill", request.request_id), self._prefill.prefill(request, self._add_delta), tasks)
+            case "decode":
+                self._start(
+                    ("decode", message.decode.request_id),
+                    self._decode.decode(message.decode, self._add_delta),
+                    tasks,
+                )
+            case "cancel":
+                self._cancel(message.cancel.request_id)
+
+    def _start(self, key: tuple[str, str], work: Coroutine[None, None, None], tasks: asyncio.TaskGroup) -> None:
+        if key in self._jobs:
+            work.close()
+            self._fail(key[1], _Failed.REASON_INVALID, f"request {key[1]} is running already")
+            return
+        job = self._jobs[key] = tasks.create_task(self._job(key[1], work), name=f"{key[0]}-{key[1]}")
+        job.add_done_callback(lambda _: self._jobs.pop(key))
+
+    def _cancel(self, request_id: str) -> None:
+        for kind in ("prefill", "decode"):
+            job = self._jobs.get((kind, request_id))
+            if job is not None:
+                job.cancel()
+        self._decode.forget(request_id)
+
+    async def _job(self, request_id: str, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except InvalidRequestError as error:
+            self._fail(request_id, _Failed.REASON_INVALID, error.message)
+        except KvrelayError as error:
+            self._fail(request_id, _Failed.REASON_UNAVAILABLE, error.message)
+        except Exception:  # The boundary: one request's bug must not end the others.
+            _log.exception("request failed", request_id=request_id)
+            self._fail(request_id, _Failed.REASON_INTERNAL, f"request {request_id} failed; the worker's log says why")
+
+    def _fail(self, request_id: str, reason: worker_pb2.RequestFailed.Reason, message: str) -> None:
+        failed = _Failed(request_id=request_id, reason=reason, message=message)
+        self._post(worker_pb2.WorkerMessage(failed=failed))
+
+    def _add_delta(self, delta: worker_pb2.TokenDelta) -> None:
+        self._deltas.append(delta)
+        self._outbox_filled.set()
+
+    async def _write(self, write: Callable[[worker_pb2.WorkerMessage], Awaitable[None]]) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            deltas, self._deltas = self._deltas, []
+            others, self._others = self._others, []
+            if deltas:
+                await write(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(deltas=deltas)))
+            for message in others:
+                await write(message)

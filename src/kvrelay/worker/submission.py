@@ -1,0 +1,112 @@
+"""Who holds which slots while the engine works on one request?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from kvrelay.block_hash import BlockHasher
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.v1 import common_pb2, worker_pb2
+
+Sink = Callable[[worker_pb2.TokenDelta], None]
+BlockHandler = Callable[[int, int], None]
+"""(index of the block, its slot): the slot is ready and pinned once, and the handler unpins it."""
+
+
+class Submission:
+    """One request in the engine: its tokens, and the slots that it reads and writes.
+
+    Owns a pin on each slot of `load` until the engine has read it, and each slot of `save` until the block in it is
+    complete. A block whose tokens are not all known yet waits for them: its name depends on them. When both the
+    tokens have ended (`end`) and the engine is done with the slots (`close`), nothing is held any more.
+    """
+
+    def __init__(
+        self,
+        ticket: int,
+        request_id: str,
+        store: BlockStore,
+        hasher: BlockHasher,
+        *,
+        load: Sequence[int],
+        save: Sequence[int],
+        sink: Sink,
+        on_block: BlockHandler | None = None,
+    ) -> None:
+        self.ticket = ticket
+        self.request_id = request_id
+        self.engine_request_id = f"{request_id}.{ticket}"
+        self.num_prompt_tokens = hasher.num_tokens
+        self.events: list[common_pb2.Timeline.Event] = []
+        self.ended = asyncio.Event()
+        """Set when no token follows."""
+        self.closed = asyncio.Event()
+        """Set when the engine touches no slot of this request any more."""
+        self._store = store
+        self._hasher = hasher
+        self._loading = list(load)
+        self._saving = {len(load) + i: slot for i, slot in enumerate(save)}
+        self._unnamed: dict[int, int] = {}
+        self._sink = sink
+        self._on_block = on_block
+        self.has_first_token = False
+
+    def loaded(self) -> None:
+        """The engine has read the loaded slots."""
+        self._store.unpin(self._loading)
+        self._loading = []
+
+    def saved(self, block: int, slot: int) -> None:
+        """Block `block` is complete in `slot`."""
+        self._saving.pop(block, None)
+        if block < len(self._hasher.hashes):
+            self._name(block, slot)
+        else:
+            self._unnamed[block] = slot
+
+    def add_delta(self, delta: worker_pb2.TokenDelta) -> None:
+        """Pass tokens on, under the request's own id."""
+        delta.request_id = self.request_id
+        self._hasher.append(delta.token_ids)
+        for block in [block for block in self._unnamed if block < len(self._hasher.hashes)]:
+            self._name(block, self._unnamed.pop(block))
+        self.events.extend(delta.timeline.events)
+        delta.ClearField("timeline")
+        self.has_first_token = self.has_first_token or bool(delta.token_ids)
+        if delta.finish_reason:
+            self.mark("last_token")
+            delta.timeline.events.extend(self.events)
+        self._sink(delta)
+        if delta.finish_reason:
+            self.end()
+
+    def mark(self, name: str) -> None:
+        """Note that something happens now."""
+        self.events.append(common_pb2.Timeline.Event(name=name, unix_ns=time.time_ns()))
+
+    def end(self) -> None:
+        """No token follows."""
+        self.ended.set()
+        self._release_if_over()
+
+    def close(self) -> None:
+        """The engine is done with every slot."""
+        self.loaded()
+        self._store.release(self._saving.values())
+        self._saving.clear()
+        self.closed.set()
+        self._release_if_over()
+
+    def _release_if_over(self) -> None:
+        if self.ended.is_set() and self.closed.is_set():
+            self._store.release(self._unnamed.values())
+            self._unnamed.clear()
+
+    def _name(self, block: int, slot: int) -> None:
+        slot = self._store.commit(slot, self._hasher.hashes[block])
+        if self._on_block is None:
+            self._store.unpin([slot])
+        else:
+            self._on_block(block, slot)
