@@ -1,0 +1,280 @@
+"""vLLM's EngineClient over a cluster: its front end here, its engines on the workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.inputs import EngineInput, PromptType
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.renderers.inputs.preprocess import extract_prompt_components
+from vllm.sampling_params import SamplingParams
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
+from kvrelay.coordinator.engine_controls import EngineControls
+from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.output_sink import EngineOutputSink
+from kvrelay.coordinator.prompt_limits import check_prompt, check_request, clamp_max_tokens
+from kvrelay.coordinator.request_flow import Completion, FlowRequest
+from kvrelay.coordinator.request_trace import RequestTrace
+from kvrelay.coordinator.timeline import RequestTimeline
+from kvrelay.coordinator.vllm_errors import to_vllm_error
+from kvrelay.coordinator.worker_pool import WorkerPool
+from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+from kvrelay.sampling import to_proto
+from kvrelay.tracing import Tracing, context_from_headers, current_context
+from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
+
+logger = logging.getLogger(__name__)
+
+_TASKS: tuple[SupportedTask, ...] = ("generate",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterEngineConfig:
+    kv_wait_ms: int = 10_000
+    """How long a decode worker waits for announced KV blocks before it computes what is missing."""
+    max_requests: int = 4096
+    """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""
+    max_completions_per_request: int = 128
+    max_timelines: int = 1024
+    """Ended requests whose timeline can still be asked for."""
+
+
+class ClusterEngine(EngineControls):
+    """Generates on the workers of a pool, to which it listens: `async with pool.running(engine)`.
+
+    vLLM's serving classes and our gRPC service use it like a local engine. All of it belongs to one
+    event loop. `close()` ends the front end's threads.
+    """
+
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        pool: WorkerPool,
+        *,
+        tracing: Tracing | None = None,
+        config: ClusterEngineConfig | None = None,
+    ) -> None:
+        self.vllm_config = front_end.vllm_config
+        self.model_config = front_end.model_config
+        self.renderer = front_end.renderer
+        self.input_processor = front_end.input_processor
+        self.served_model_name = front_end.served_model_name
+        self._front_end = front_end
+        self._pool = pool
+        self._tracing = tracing or Tracing()
+        self._config = config or ClusterEngineConfig()
+        self._outputs = front_end.output_processor
+        self._sink = EngineOutputSink(self._outputs, self._config.max_timelines)
+        dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
+        self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
+        self._vocab_size = self.model_config.get_vocab_size()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a decode worker serves the model now."""
+        return any(view.role == cluster_pb2.ROLE_DECODE and not view.draining for view in self._serving())
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight."""
+        return self._dispatcher.num_requests
+
+    def timeline(self, request_id: str) -> common_pb2.Timeline | None:
+        """What happened to a request that has ended, by the id that `generate` was given."""
+        return self._sink.timeline(request_id)
+
+    async def generate(
+        self,
+        prompt: EngineCoreRequest | PromptType | EngineInput | AsyncGenerator[Any, None],
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: Any = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield outputs as `AsyncLLM.generate` does.
+
+        Closing or cancelling the generator ends the request on the workers. Raises
+        `VLLMValidationError` for what can never work and `ClusterRequestError` for the rest.
+        """
+        timeline = RequestTimeline()
+        timeline.mark("gateway.received")
+        parent = context_from_headers(trace_headers) if trace_headers else current_context()
+        trace = RequestTrace(self._tracing, parent, {"request.id": request_id})
+        queue: RequestOutputCollector | None = None
+        finished = False
+        try:
+            if lora_request is not None:
+                raise InvalidRequestError("LoRA adapters are not offered", field="model")
+            if sampling_params.structured_outputs and reasoning_parser_kwargs and not reasoning_ended:
+                raise InvalidRequestError("structured output after reasoning is not offered", field="response_format")
+            self._check_admission(sampling_params.n)
+            check_request(sampling_params, priority, max_completions=self._config.max_completions_per_request)
+            request = await self._process(prompt, sampling_params, request_id, tokenization_kwargs, priority)
+            queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
+            while not finished:
+                output = queue.get_nowait() or await queue.get()
+                finished = output.finished
+                assert isinstance(output, RequestOutput)
+                yield output
+        except KvrelayError as error:
+            trace.close(error.message)
+            raise to_vllm_error(error) from error
+        except Exception as error:
+            trace.close(str(error))
+            raise
+        finally:
+            if queue is not None and not finished:
+                self._abort([queue.request_id], internal=True)
+            trace.close("cancelled")
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids that `generate` was given."""
+        self._abort([request_id] if isinstance(request_id, str) else list(request_id), internal=False)
+
+    async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return _TASKS
+
+    async def is_tracing_enabled(self) -> bool:
+        return self._tracing.enabled
+
+    async def check_health(self) -> None:
+        """The coordinator lives as long as it answers; `is_ready` tells whether workers do."""
+
+    @property
+    def is_running(self) -> bool:
+        return True
+
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
+    @property
+    def errored(self) -> bool:
+        return False
+
+    @property
+    def dead_error(self) -> BaseException:
+        return RuntimeError("a cluster engine does not die with a worker")
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self._front_end.close()
+
+    def on_step(self, worker_id: str, step: worker_pb2.StepOutputs) -> None:
+        self._dispatcher.on_step(worker_id, step)
+
+    def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
+        self._dispatcher.on_request_failed(worker_id, failed)
+
+    def on_worker_lost(self, worker_id: str, reason: str) -> None:
+        self._dispatcher.on_worker_lost(worker_id, reason)
+
+    def on_workers_changed(self) -> None:
+        """Accept only what every worker of the model can hold."""
+        limits = [view.max_model_len_tokens for view in self._serving() if view.max_model_len_tokens]
+        self._front_end.limit_model_len(min(limits, default=None))
+
+    def _serving(self) -> list[Any]:
+        return [view for view in self._pool.views() if view.model == self.served_model_name]
+
+    def _check_admission(self, num_completions: int) -> None:
+        in_flight = self._outputs.get_num_unfinished_requests()
+        if in_flight + num_completions > self._config.max_requests:
+            raise OverloadedError(
+                f"{in_flight} completions are in flight and at most {self._config.max_requests} are taken; try later"
+            )
+
+    async def _process(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        tokenization_kwargs: dict[str, Any] | None,
+        priority: int,
+    ) -> EngineCoreRequest:
+        """vLLM's own processing between our checks; raw prompts are tokenized in a thread."""
+        limit = self.model_config.max_model_len
+        is_rendered = isinstance(prompt, dict) and "type" in prompt
+        if is_rendered and prompt["type"] != "token":
+            raise InvalidRequestError(f"prompts of type {prompt['type']!r} are not offered", field="prompt")
+        if is_rendered:
+            check_prompt(prompt["prompt_token_ids"], max_model_len_tokens=limit, vocab_size=self._vocab_size)
+        arguments = {"tokenization_kwargs": tokenization_kwargs, "priority": priority}
+        if is_rendered:
+            request = self.input_processor.process_inputs(request_id, prompt, params, _TASKS, **arguments)
+        else:
+            process = self.input_processor.process_inputs_async
+            request = await process(request_id, prompt, params, _TASKS, **arguments)
+        token_ids = request.prompt_token_ids
+        if token_ids is None or request.mm_features or request.prompt_embeds is not None:
+            raise InvalidRequestError("only prompts of text or token ids are offered", field="prompt")
+        check_prompt(token_ids, max_model_len_tokens=limit, vocab_size=self._vocab_size)
+        assert request.sampling_params is not None
+        clamp_max_tokens(request.sampling_params, len(token_ids), limit)
+        return request
+
+    def _submit(
+        self, request: EngineCoreRequest, prompt_text: str | None, timeline: RequestTimeline, trace: RequestTrace
+    ) -> RequestOutputCollector:
+        """Register the completions with the output processor and start them; on failure nothing is left."""
+        self.input_processor.assign_request_id(request)
+        assert request.sampling_params is not None and request.prompt_token_ids is not None
+        request_id = request.request_id
+        assert request.external_req_id is not None
+        queue = RequestOutputCollector(request.sampling_params.output_kind, request_id)
+        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
+        children = _children(request, parent) if parent else [request]
+        flow = FlowRequest(
+            request_id=request_id,
+            external_id=request.external_req_id,
+            prompt_token_ids=request.prompt_token_ids,
+            completions=[
+                Completion(request_id=child.request_id, sampling=to_proto(child.params))  # type: ignore[arg-type]
+                for child in children
+            ],
+            max_model_len_tokens=self.model_config.max_model_len,
+            cache_salt=request.cache_salt or "",
+            priority=request.priority,
+        )
+        for index, child in enumerate(children):
+            self._outputs.add_request(child, prompt_text, parent, index, queue)
+        try:
+            self._dispatcher.submit(flow, timeline, trace)
+        except BaseException:
+            self._outputs.abort_requests([request_id], internal=True)
+            raise
+        return queue
+
+    def _abort(self, request_ids: list[str], *, internal: bool) -> None:
+        self._dispatcher.cancel(self._outputs.abort_requests(request_ids, internal))
+
+    def _text_of(self, prompt: Any) -> str | None:
+        return extract_prompt_components(self.model_config, prompt).text
+
+
+def _children(request: EngineCoreRequest, parent: ParentRequest) -> list[EngineCoreRequest]:
+    """One request per completion, as `AsyncLLM.add_request` makes them: own ids, own seeds."""
+    children = []
+    for index in range(parent.n):
+        child = copy(request)
+        child.request_id, child.sampling_params = parent.get_child_info(index)
+        children.append(child)
+    return children

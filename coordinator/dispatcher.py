@@ -1,0 +1,217 @@
+"""Runs request flows over the worker pool: plans them, sends their parts, routes what comes back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
+from kvrelay.coordinator.request_trace import RequestTrace
+from kvrelay.coordinator.scheduler import RequestShape, plan
+from kvrelay.coordinator.timeline import RequestTimeline
+from kvrelay.coordinator.worker_pool import WorkerPool
+from kvrelay.errors import (
+    GenerationFailedError,
+    InvalidRequestError,
+    KvrelayError,
+    NoWorkersError,
+    OverloadedError,
+    WorkerLostError,
+)
+from kvrelay.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+_FAILURES: dict[int, type[KvrelayError]] = {
+    worker_pb2.RequestFailed.REASON_INVALID: InvalidRequestError,
+    worker_pb2.RequestFailed.REASON_UNAVAILABLE: NoWorkersError,
+}
+
+
+class OutputSink(Protocol):
+    """Where tokens go. Called in the event loop; must not block."""
+
+    def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
+        """Take the tokens of one message; returns the ids of completions that need no more of them."""
+
+    def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
+        """No more tokens will come for these."""
+
+    def finished(self, flow: RequestFlow) -> None:
+        """The last completion of a request is over, whichever way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatcherConfig:
+    model: str
+    kv_wait_ms: int = 10_000
+    """How long the decode worker waits for blocks that were announced, after the first token."""
+
+
+class Dispatcher:
+    """Owns the requests in flight. Nothing here waits, so nothing here is cancelled half way."""
+
+    def __init__(self, pool: WorkerPool, sink: OutputSink, config: DispatcherConfig) -> None:
+        self._pool = pool
+        self._sink = sink
+        self._config = config
+        self._flows: dict[str, RequestFlow] = {}
+        """By the id of the request and by the ids of its completions."""
+
+    @property
+    def num_requests(self) -> int:
+        return len({id(flow) for flow in self._flows.values()})
+
+    def submit(self, request: FlowRequest, timeline: RequestTimeline, trace: RequestTrace) -> None:
+        """Plan and start a request.
+
+        Raises `NoWorkersError`, `OverloadedError`, `WorkerLostError` or `InvalidRequestError`; then
+        nothing of it is left.
+        """
+        shape = RequestShape(model=self._config.model, num_prompt_tokens=len(request.prompt_token_ids))
+        with trace.span("schedule"):
+            chosen = plan(shape, self._pool.views())
+        timeline.mark("schedule.done")
+        flow = RequestFlow(request, chosen, timeline, trace, self._config.kv_wait_ms)
+        for request_id in _ids(flow):
+            self._flows[request_id] = flow
+        try:
+            self._pool.reserve_sequences(chosen.decode.worker_id, request.request_id, len(request.completions))
+            self._start(flow)
+        except KvrelayError:
+            self._forget(flow)
+            raise
+
+    def cancel(self, completion_ids: Sequence[str]) -> None:
+        """The client needs no more tokens of these; what is unknown or over is ignored."""
+        for completion_id in completion_ids:
+            if flow := self._flows.get(completion_id):
+                self._stop(flow, completion_id)
+
+    def on_step(self, worker_id: str, step: worker_pb2.StepOutputs) -> None:
+        """Hand all tokens of one message on at once, and then send what they made due."""
+        outputs: list[worker_pb2.TokenDelta] = []
+        touched: list[RequestFlow] = []
+        for delta in step.deltas:
+            flow = self._flows.get(delta.request_id)
+            if flow is None:
+                continue
+            output = self._advance(flow, worker_id, delta)
+            if output is not None:
+                outputs.append(output)
+            if flow.done or flow.phase is Phase.DECODE_DUE:
+                touched.append(flow)
+        if outputs:
+            self.cancel(self._sink.take(outputs))
+        for flow in touched:
+            self._settle(flow)
+
+    def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
+        flow = self._flows.get(failed.request_id)
+        if flow is None:
+            return
+        if self._is_prefilling_on(flow, worker_id):
+            if failed.reason != worker_pb2.RequestFailed.REASON_INVALID:
+                logger.warning("prefill of %s failed on %s: %s", failed.request_id, worker_id, failed.message)
+                self._prefill_lost(flow)
+                return
+        elif flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE:
+            return
+        kind = _FAILURES.get(failed.reason, GenerationFailedError)
+        self._fail(flow, kind(f"worker {worker_id}: {failed.message}"))
+
+    def on_worker_lost(self, worker_id: str, reason: str) -> None:
+        """Prefills that were there are computed by their decode workers; decodes fail."""
+        for flow in list({id(flow): flow for flow in self._flows.values()}.values()):
+            if flow.plan.decode.worker_id == worker_id:
+                self._fail(flow, WorkerLostError(f"decode worker {worker_id} was lost: {reason}; try again"))
+            elif self._is_prefilling_on(flow, worker_id):
+                self._prefill_lost(flow)
+
+    def _start(self, flow: RequestFlow) -> None:
+        prefill = flow.start()
+        if prefill is None or flow.plan.prefill is None:
+            self._send_decodes(flow)
+            return
+        try:
+            self._pool.assign_prefill(flow.plan.prefill.worker_id, prefill)
+        except (WorkerLostError, OverloadedError) as error:
+            logger.warning("prefill of %s not sent: %s", prefill.request_id, error)
+            flow.on_prefill_lost()
+            self._send_decodes(flow)
+
+    def _advance(self, flow: RequestFlow, worker_id: str, delta: worker_pb2.TokenDelta) -> worker_pb2.TokenDelta | None:
+        if self._is_prefilling_on(flow, worker_id):
+            self._pool.end_prefill(worker_id, flow.request.request_id)
+            return flow.on_prefill_delta(delta)
+        if flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id:
+            return flow.on_decode_delta(delta)
+        return None
+
+    def _settle(self, flow: RequestFlow) -> None:
+        """After the client has got its tokens: finish the request, or send its second half."""
+        if flow.done:
+            self._forget(flow)
+        elif flow.phase is Phase.DECODE_DUE:
+            try:
+                self._send_decodes(flow)
+            except KvrelayError as error:
+                self._fail(flow, error)
+
+    def _send_decodes(self, flow: RequestFlow) -> None:
+        for decode in flow.decodes():
+            self._pool.send_decode(flow.plan.decode.worker_id, decode)
+
+    def _prefill_lost(self, flow: RequestFlow) -> None:
+        if flow.plan.prefill:
+            self._pool.end_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
+        flow.on_prefill_lost()
+        self._settle(flow)
+
+    def _stop(self, flow: RequestFlow, completion_id: str) -> None:
+        """End one completion early, on the workers too."""
+        if completion_id not in flow.open_ids:
+            return
+        flow.stop(completion_id)
+        if flow.phase is Phase.DECODE:
+            self._pool.send_cancel(flow.plan.decode.worker_id, completion_id)
+        if flow.done:
+            self._cancel_prefill(flow)
+            self._forget(flow)
+
+    def _fail(self, flow: RequestFlow, error: KvrelayError) -> None:
+        completion_ids = sorted(flow.open_ids)
+        flow.trace.close(error.message)
+        for completion_id in completion_ids:
+            self._stop(flow, completion_id)
+        self._sink.fail(completion_ids, error)
+
+    def _cancel_prefill(self, flow: RequestFlow) -> None:
+        """The prefill worker may compute or push still, and the decode worker hold slots for it."""
+        if flow.plan.prefill is not None and flow.prefill_may_run:
+            request_id = flow.request.request_id
+            self._pool.send_cancel(flow.plan.prefill.worker_id, request_id)
+            if flow.phase is not Phase.DECODE:
+                self._pool.send_cancel(flow.plan.decode.worker_id, request_id)
+
+    def _forget(self, flow: RequestFlow) -> None:
+        """Drop every trace of a request that is over or was never sent. Idempotent."""
+        if self._flows.pop(flow.request.request_id, None) is None:
+            return
+        for request_id in _ids(flow):
+            self._flows.pop(request_id, None)
+        if flow.plan.prefill:
+            self._pool.end_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
+        self._pool.release_sequences(flow.plan.decode.worker_id, flow.request.request_id)
+        flow.trace.close()
+        self._sink.finished(flow)
+
+    @staticmethod
+    def _is_prefilling_on(flow: RequestFlow, worker_id: str) -> bool:
+        return flow.phase is Phase.PREFILL and flow.plan.prefill is not None and flow.plan.prefill.worker_id == worker_id
+
+
+def _ids(flow: RequestFlow) -> set[str]:
+    return {flow.request.request_id, *(completion.request_id for completion in flow.request.completions)}

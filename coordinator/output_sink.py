@@ -1,0 +1,70 @@
+"""Tokens into vLLM's output processor, which makes text of them and fills the queues of the callers."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from kvrelay.coordinator.request_flow import RequestFlow
+from kvrelay.coordinator.token_outputs import to_engine_output
+from kvrelay.coordinator.vllm_errors import to_vllm_error
+from kvrelay.errors import GenerationFailedError, KvrelayError
+from kvrelay.v1 import common_pb2, worker_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class EngineOutputSink:
+    """Implements the dispatcher's `OutputSink`; keeps the timelines of the latest requests."""
+
+    def __init__(self, output_processor: OutputProcessor, max_timelines: int) -> None:
+        self._output_processor = output_processor
+        self._max_timelines = max_timelines
+        self._timelines: OrderedDict[str, common_pb2.Timeline] = OrderedDict()
+
+    def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
+        """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
+
+        A delta that vLLM cannot digest fails its own completion only.
+        """
+        stopped: list[str] = []
+        outputs: list[EngineCoreOutput] = []
+        for delta in deltas:
+            try:
+                outputs.append(to_engine_output(delta))
+            except ValueError as error:
+                stopped += self._drop(delta.request_id, error)
+        try:
+            stopped += self._output_processor.process_outputs(outputs).reqs_to_abort
+        except Exception as error:
+            logger.exception("processing the outputs of %d completions failed", len(outputs))
+            for output in outputs:
+                stopped += self._drop(output.request_id, error)
+        return stopped
+
+    def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
+        """The caller's next read raises the error; tokens it has not read yet are lost."""
+        for completion_id in completion_ids:
+            state = self._output_processor.request_states.get(completion_id)
+            if state is None:
+                continue
+            self._output_processor.abort_requests([completion_id], internal=True)
+            if state.queue is not None:
+                state.queue.put(to_vllm_error(error))
+
+    def finished(self, flow: RequestFlow) -> None:
+        self._timelines[flow.request.external_id] = flow.timeline.to_proto()
+        if len(self._timelines) > self._max_timelines:
+            self._timelines.popitem(last=False)
+
+    def timeline(self, external_id: str) -> common_pb2.Timeline | None:
+        """The timeline of a request that is over, unless many others have ended since."""
+        return self._timelines.get(external_id)
+
+    def _drop(self, completion_id: str, error: Exception) -> list[str]:
+        self.fail([completion_id], GenerationFailedError(f"the output could not be processed: {error}"))
+        return [completion_id]

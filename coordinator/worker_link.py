@@ -1,0 +1,161 @@
+"""One coordinator's stream to one worker: connects, reconnects, carries messages both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from typing import Protocol, TypeAlias
+
+import grpc
+import grpc.aio
+
+from kvrelay.errors import OverloadedError, WorkerLostError
+from kvrelay.grpc_options import open_channel
+from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+
+_Stream: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.CoordinatorMessage, worker_pb2.WorkerMessage]"
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+BACKOFF_INITIAL_S = 0.1
+BACKOFF_MAX_S = 3.0
+
+
+class WrongWorkerError(Exception):
+    """Something else answers at the worker's address."""
+
+
+class LinkEvents(Protocol):
+    """Who hears of a link. Called in the event loop; must not block."""
+
+    def on_connected(self, link: WorkerLink) -> None: ...
+
+    def on_step(self, link: WorkerLink, step: worker_pb2.StepOutputs) -> None: ...
+
+    def on_request_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None: ...
+
+    def on_status(self, link: WorkerLink, status: worker_pb2.WorkerStatus) -> None: ...
+
+    def on_lost(self, link: WorkerLink, reason: str) -> None:
+        """The stream broke: the worker has cancelled all that came over it."""
+
+
+class WorkerLink:
+    """`run()` keeps one Session stream open until it is cancelled; `send()` never waits."""
+
+    def __init__(
+        self, worker: cluster_pb2.WorkerInfo, coordinator_id: str, events: LinkEvents, max_queued_messages: int
+    ) -> None:
+        self.worker = worker
+        self.connected = False
+        self._coordinator_id = coordinator_id
+        self._events = events
+        self._max_queued_messages = max_queued_messages
+        self._outbox: deque[worker_pb2.CoordinatorMessage] = deque()
+        self._outbox_filled = asyncio.Event()
+
+    def send(self, message: worker_pb2.CoordinatorMessage) -> None:
+        """Queue a message; cancels are always taken, they are as few as the requests before them.
+
+        Raises `WorkerLostError` when there is no stream and `OverloadedError` when the queue is full.
+        A cancel without a stream is needless and dropped.
+        """
+        is_cancel = message.WhichOneof("message") == "cancel"
+        if not self.connected:
+            if is_cancel:
+                return
+            raise WorkerLostError(f"worker {self.worker.worker_id} at {self.worker.address} is not connected")
+        if not is_cancel and len(self._outbox) >= self._max_queued_messages:
+            raise OverloadedError(
+                f"{len(self._outbox)} messages wait to be sent to worker {self.worker.worker_id}; try again later"
+            )
+        self._outbox.append(message)
+        self._outbox_filled.set()
+
+    async def run(self) -> None:
+        """Connect again and again, with growing pauses, until cancelled."""
+        pause_s = BACKOFF_INITIAL_S
+        try:
+            while True:
+                reason = await self._run_session()
+                if self.connected:
+                    pause_s = BACKOFF_INITIAL_S
+                self._disconnected(reason)
+                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+        finally:
+            self._disconnected("the worker has left the cluster")
+
+    async def _run_session(self) -> str:
+        """One stream from hello to its end, whose reason is returned."""
+        reason = "the worker closed the stream"
+        try:
+            async with open_channel(self.worker.address) as channel:
+                await self._converse(worker_pb2_grpc.WorkerStub(channel))  # type: ignore[no-untyped-call]
+        except* grpc.aio.AioRpcError as group:
+            error = group.exceptions[0]
+            reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+        except* TimeoutError:
+            reason = f"no hello within {HELLO_TIMEOUT_S:g} s"
+        except* WrongWorkerError as group:
+            reason = str(group.exceptions[0])
+        return reason
+
+    async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
+        stream = stub.Session()
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await self._shake_hands(stream)
+            self.connected = True
+            self._events.on_connected(self)
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(self._write(stream), name=f"write to {self.worker.worker_id}")
+                await self._read(stream)
+                writer.cancel()
+        finally:
+            stream.cancel()
+
+    async def _shake_hands(self, stream: _Stream) -> None:
+        hello = worker_pb2.CoordinatorHello(coordinator_id=self._coordinator_id)
+        await stream.write(worker_pb2.CoordinatorMessage(hello=hello))
+        message = await stream.read()
+        if not isinstance(message, worker_pb2.WorkerMessage) or message.WhichOneof("message") != "hello":
+            raise WrongWorkerError(f"{self.worker.address} did not say hello")
+        if message.hello.worker.worker_id != self.worker.worker_id:
+            raise WrongWorkerError(
+                f"{self.worker.address} is worker {message.hello.worker.worker_id}, not {self.worker.worker_id}"
+            )
+
+    async def _write(self, stream: _Stream) -> None:
+        """Send what is queued, in order; an ended stream is the reader's to report."""
+        try:
+            while True:
+                await self._outbox_filled.wait()
+                self._outbox_filled.clear()
+                while self._outbox:
+                    await stream.write(self._outbox.popleft())
+        except asyncio.InvalidStateError:
+            logger.debug("stream to worker %s ended while writing", self.worker.worker_id)
+
+    async def _read(self, stream: _Stream) -> None:
+        while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
+            match message.WhichOneof("message"):
+                case "step":
+                    self._events.on_step(self, message.step)
+                case "failed":
+                    self._events.on_request_failed(self, message.failed)
+                case "status":
+                    self._events.on_status(self, message.status)
+                case kind:
+                    logger.warning("worker %s sent an unexpected message: %s", self.worker.worker_id, kind)
+
+    def _disconnected(self, reason: str) -> None:
+        was_connected, self.connected = self.connected, False
+        self._outbox.clear()
+        if was_connected:
+            self._events.on_lost(self, reason)
+        else:
+            logger.info("worker %s at %s: %s", self.worker.worker_id, self.worker.address, reason)

@@ -1,0 +1,210 @@
+"""All workers of the cluster that this coordinator is connected to, with their load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Collection
+from typing import Protocol
+
+from kvrelay.coordinator.scheduler import WorkerView
+from kvrelay.coordinator.worker_link import WorkerLink
+from kvrelay.errors import WorkerLostError
+from kvrelay.v1 import cluster_pb2, worker_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class PoolListener(Protocol):
+    """Who hears what workers say. Called in the event loop; must not block."""
+
+    def on_step(self, worker_id: str, step: worker_pb2.StepOutputs) -> None: ...
+
+    def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None: ...
+
+    def on_worker_lost(self, worker_id: str, reason: str) -> None: ...
+
+    def on_workers_changed(self) -> None:
+        """A worker connected, left, or changed its record."""
+
+
+class _Member:
+    """A worker's record, its link, and the view of it that the scheduler reads."""
+
+    def __init__(self, link: WorkerLink, task: asyncio.Task[None], view: WorkerView) -> None:
+        self.link = link
+        self.task = task
+        self.view = view
+        self.queued_tokens: dict[str, int] = {}
+        self.sequences: dict[str, int] = {}
+        self.status = worker_pb2.WorkerStatus()
+
+    def refresh_view(self) -> None:
+        """What this coordinator gave the worker, or what it reports with the share of others, whichever is more."""
+        self.view.num_queued_prompt_tokens = max(
+            sum(self.queued_tokens.values()), self.status.num_queued_prompt_tokens
+        )
+        self.view.num_running_requests = max(
+            sum(self.sequences.values()), self.status.num_running_requests + self.status.num_waiting_requests
+        )
+
+
+class WorkerPool:
+    """Follows membership by `join`, `update` and `leave`; open it with `running()`.
+
+    All methods belong to the event loop and none of them waits.
+    """
+
+    def __init__(self, coordinator_id: str, *, max_queued_messages: int = 4096) -> None:
+        self._coordinator_id = coordinator_id
+        self._max_queued_messages = max_queued_messages
+        self._members: dict[str, _Member] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._listener: PoolListener | None = None
+
+    @contextlib.asynccontextmanager
+    async def running(self, listener: PoolListener) -> AsyncIterator[None]:
+        """Links live inside this context; leaving it closes every stream, so workers cancel what is left."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks, self._listener = tasks, listener
+            try:
+                yield
+            finally:
+                for worker_id in list(self._members):
+                    self.leave(worker_id)
+                self._tasks = None
+
+    def join(self, worker: cluster_pb2.WorkerInfo) -> None:
+        """Connect to a worker; a restarted one takes its predecessor's place."""
+        if self._tasks is None:
+            raise RuntimeError("the worker pool is not running")
+        self.leave(worker.worker_id)
+        link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
+        task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
+        self._members[worker.worker_id] = _Member(link, task, _view_of(worker))
+        logger.info("worker %s joined: %s", worker.worker_id, worker.address)
+
+    def update(self, worker: cluster_pb2.WorkerInfo) -> None:
+        """Take a changed record; a new process or address means a new connection."""
+        member = self._members.get(worker.worker_id)
+        if member is None:
+            self.join(worker)
+            return
+        known = member.link.worker
+        if (known.incarnation, known.address) != (worker.incarnation, worker.address):
+            self.join(worker)
+            return
+        member.link.worker = worker
+        fresh = _view_of(worker)
+        fresh.num_assigned = member.view.num_assigned
+        member.view = fresh
+        member.refresh_view()
+        self._notify_changed()
+
+    def leave(self, worker_id: str) -> None:
+        """Disconnect from a worker whose record is gone; what it had is lost. Unknown ids are ignored."""
+        member = self._members.pop(worker_id, None)
+        if member is None:
+            return
+        member.task.cancel()
+        logger.info("worker %s left", worker_id)
+        if member.link.connected:
+            self._lost(worker_id, "the worker has left the cluster")
+        self._notify_changed()
+
+    def views(self) -> Collection[WorkerView]:
+        """The connected workers. The views are live: read them at once."""
+        return [member.view for member in self._members.values() if member.link.connected]
+
+    def workers(self) -> list[cluster_pb2.WorkerInfo]:
+        """The records of the connected workers."""
+        return [member.link.worker for member in self._members.values() if member.link.connected]
+
+    def assign_prefill(self, worker_id: str, message: worker_pb2.Prefill) -> None:
+        """Send a prompt and count its tokens until `end_prefill`. Raises like `WorkerLink.send`."""
+        member = self._member(worker_id)
+        member.link.send(worker_pb2.CoordinatorMessage(prefill=message))
+        member.queued_tokens[message.request_id] = len(message.prompt_token_ids)
+        member.view.num_assigned += 1
+        member.refresh_view()
+
+    def end_prefill(self, worker_id: str, request_id: str) -> None:
+        member = self._members.get(worker_id)
+        if member and member.queued_tokens.pop(request_id, None) is not None:
+            member.refresh_view()
+
+    def reserve_sequences(self, worker_id: str, request_id: str, num_sequences: int) -> None:
+        """Count sequences that the decode worker has or will get, until `release_sequences`."""
+        member = self._member(worker_id)
+        member.sequences[request_id] = num_sequences
+        member.view.num_assigned += 1
+        member.refresh_view()
+
+    def release_sequences(self, worker_id: str, request_id: str) -> None:
+        member = self._members.get(worker_id)
+        if member and member.sequences.pop(request_id, None) is not None:
+            member.refresh_view()
+
+    def send_decode(self, worker_id: str, message: worker_pb2.Decode) -> None:
+        """Raises like `WorkerLink.send`."""
+        self._member(worker_id).link.send(worker_pb2.CoordinatorMessage(decode=message))
+
+    def send_cancel(self, worker_id: str, request_id: str) -> None:
+        """Never fails: a worker that is gone has cancelled already."""
+        if member := self._members.get(worker_id):
+            cancel = worker_pb2.Cancel(request_id=request_id)
+            member.link.send(worker_pb2.CoordinatorMessage(cancel=cancel))
+
+    def on_connected(self, link: WorkerLink) -> None:
+        logger.info("worker %s connected", link.worker.worker_id)
+        self._notify_changed()
+
+    def on_step(self, link: WorkerLink, step: worker_pb2.StepOutputs) -> None:
+        if self._listener:
+            self._listener.on_step(link.worker.worker_id, step)
+
+    def on_request_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:
+        if self._listener:
+            self._listener.on_request_failed(link.worker.worker_id, failed)
+
+    def on_status(self, link: WorkerLink, status: worker_pb2.WorkerStatus) -> None:
+        if member := self._members.get(link.worker.worker_id):
+            member.status = status
+            member.refresh_view()
+
+    def on_lost(self, link: WorkerLink, reason: str) -> None:
+        member = self._members.get(link.worker.worker_id)
+        if member is None or member.link is not link:
+            return
+        member.status = worker_pb2.WorkerStatus()
+        self._lost(link.worker.worker_id, reason)
+        self._notify_changed()
+
+    def _lost(self, worker_id: str, reason: str) -> None:
+        logger.warning("worker %s lost: %s", worker_id, reason)
+        if self._listener:
+            self._listener.on_worker_lost(worker_id, reason)
+
+    def _notify_changed(self) -> None:
+        if self._listener:
+            self._listener.on_workers_changed()
+
+    def _member(self, worker_id: str) -> _Member:
+        try:
+            return self._members[worker_id]
+        except KeyError:
+            raise WorkerLostError(f"worker {worker_id} has left the cluster") from None
+
+
+def _view_of(worker: cluster_pb2.WorkerInfo) -> WorkerView:
+    return WorkerView(
+        worker_id=worker.worker_id,
+        role=worker.role,
+        model=worker.model,
+        address=worker.address,
+        fingerprint=worker.layout.fingerprint,
+        block_size_tokens=worker.layout.block_size_tokens,
+        max_model_len_tokens=worker.max_model_len_tokens,
+        draining=worker.state == cluster_pb2.WORKER_STATE_DRAINING,
+    )
