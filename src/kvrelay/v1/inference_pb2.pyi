@@ -42,7 +42,7 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """Lower is served earlier; 0 when absent."""
     include_timeline: _builtins.bool
-    """Asks for the timeline in the last response of each completion."""
+    """Asks for the timeline."""
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds: ...
     @_builtins.property
@@ -128,6 +128,7 @@ class GenerateResponse(_message.Message):
     STOP_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     index: _builtins.int
     """Which of the n completions."""
@@ -147,7 +148,13 @@ class GenerateResponse(_message.Message):
         """In the last response of the call."""
 
     @_builtins.property
-    def timeline(self) -> _common_pb2.Timeline: ...
+    def timeline(self) -> _common_pb2.Timeline:
+        """In the last response of the call, when asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """In the first response of each index, when asked for: one entry per prompt token but the first."""
+
     def __init__(
         self,
         *,
@@ -160,10 +167,11 @@ class GenerateResponse(_message.Message):
         stop_reason: _builtins.str = ...,
         usage: Global___Usage | None = ...,
         timeline: _common_pb2.Timeline | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "timeline", b"timeline", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "timeline", b"timeline", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,7 +179,7 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
-    """One generated token and the most likely alternatives at its place."""
+    """One token and the most likely alternatives at its place."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
