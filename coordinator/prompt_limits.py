@@ -24,10 +24,15 @@ def check_prompt(token_ids: Sequence[int], *, max_model_len_tokens: int, vocab_s
             f"into the model's context of {max_model_len_tokens} tokens",
             field="prompt",
         )
-    for token_id in (min(token_ids), max(token_ids)):
+    check_token_ids(token_ids, vocab_size, field="prompt")
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, *, field: str) -> None:
+    """Raises `InvalidRequestError` for an id that is not the model's."""
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
-                f"the prompt has the token id {token_id}; ids must be from 0 to {vocab_size - 1}", field="prompt"
+                f"{field} has the token id {token_id}; ids must be from 0 to {vocab_size - 1}", field=field
             )
 
 

@@ -1,0 +1,141 @@
+"""The gRPC Inference service over a ClusterEngine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+from vllm.inputs import EngineInput
+
+from kvrelay.coordinator.client_sampling import client_sampling
+from kvrelay.coordinator.cluster_engine import ClusterEngine
+from kvrelay.coordinator.generate_responses import ResponseBuilder
+from kvrelay.coordinator.prompt_limits import check_token_ids
+from kvrelay.coordinator.prompt_rendering import render_chat, render_text, render_token_ids
+from kvrelay.coordinator.vllm_errors import from_vllm_error
+from kvrelay.errors import GenerationFailedError, InvalidRequestError, ModelNotFoundError, status_of
+from kvrelay.tracing import current_context
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Translates, calls the engine, maps errors. Cancelling a call ends its generation."""
+
+    def __init__(self, engine: ClusterEngine, *, chat_template: str | None = None) -> None:
+        self._engine = engine
+        self._chat_template = chat_template
+        self._default_sampling = engine.model_config.get_diff_sampling_param()
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        request_id = request.request_id or f"generate-{uuid.uuid4().hex}"
+        try:
+            self._check_model(request.model)
+            if not _REQUEST_ID.fullmatch(request_id):
+                raise InvalidRequestError(
+                    "request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id"
+                )
+            prompt = await self._render(request)
+            params = client_sampling(request.sampling, self._default_sampling)
+            builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs)
+            outputs = self._engine.generate(
+                prompt,
+                params,
+                request_id,
+                prompt_text=request.text or None,
+                priority=request.priority,
+                trace_headers=_trace_headers(context),
+            )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    for response in builder.responses(output):
+                        if request.include_timeline and response.HasField("usage"):
+                            response.timeline.CopyFrom(self._engine.timeline(request_id) or response.timeline)
+                        yield response
+        except Exception as error:
+            await _abort(context, error, request_id)
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: _Context
+    ) -> inference_pb2.ListModelsResponse:
+        model = inference_pb2.Model(
+            name=self._engine.served_model_name, max_model_len_tokens=self._engine.model_config.max_model_len
+        )
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        try:
+            self._check_model(request.model)
+            renderer = self._engine.renderer
+            match request.WhichOneof("input"):
+                case "text":
+                    special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                    rendered = await render_text(renderer, request.text, add_special_tokens=special)
+                case "chat":
+                    rendered = await render_chat(renderer, request.chat, chat_template=self._chat_template)
+                case _:
+                    raise InvalidRequestError("one of text and chat is needed", field="input")
+        except Exception as error:
+            await _abort(context, error, "tokenize")
+        return inference_pb2.TokenizeResponse(
+            token_ids=rendered["prompt_token_ids"], max_model_len_tokens=self._engine.model_config.max_model_len
+        )
+
+    async def Detokenize(  # noqa: N802
+        self, request: inference_pb2.DetokenizeRequest, context: _Context
+    ) -> inference_pb2.DetokenizeResponse:
+        try:
+            self._check_model(request.model)
+            check_token_ids(request.token_ids, self._engine.model_config.get_vocab_size(), field="token_ids")
+            text = self._engine.renderer.get_tokenizer().decode(list(request.token_ids))
+        except Exception as error:
+            await _abort(context, error, "detokenize")
+        return inference_pb2.DetokenizeResponse(text=text)
+
+    async def _render(self, request: inference_pb2.GenerateRequest) -> EngineInput:
+        renderer, salt = self._engine.renderer, request.cache_salt
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await render_text(renderer, request.text, cache_salt=salt)
+            case "token_ids":
+                return render_token_ids(request.token_ids.ids, cache_salt=salt)
+            case "chat":
+                return await render_chat(renderer, request.chat, chat_template=self._chat_template, cache_salt=salt)
+            case _:
+                raise InvalidRequestError("one of text, token_ids and chat is needed", field="prompt")
+
+    def _check_model(self, model: str) -> None:
+        served = self._engine.served_model_name
+        if model and model != served:
+            raise ModelNotFoundError(f"model {model!r} does not exist; this cluster serves {served!r}", field="model")
+
+
+async def _abort(context: _Context, error: Exception, request_id: str) -> NoReturn:
+    """End the call with the status of the error; what nobody foresaw is logged with the request's id."""
+    known = from_vllm_error(error)
+    if isinstance(known, GenerationFailedError):
+        logger.error("request %s failed", request_id, exc_info=error)
+    await context.abort(status_of(known).grpc, known.message)
+    raise AssertionError("abort raises") from error
+
+
+def _trace_headers(context: _Context) -> dict[str, str] | None:
+    """The caller's trace context, unless a server span has taken it over already."""
+    if current_context() is not None:
+        return None
+    metadata = context.invocation_metadata() or ()
+    return {str(key): str(value) for key, value in metadata if key in ("traceparent", "tracestate")} or None
