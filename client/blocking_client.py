@@ -1,0 +1,120 @@
+"""How is a cluster used from code without an event loop?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from kvrelay.client.connection import OPTIONS, client_error, trace_metadata
+from kvrelay.client.encoding import generate_request, to_chunk, tokenize_request
+from kvrelay.client.options import GenerateOptions, Messages, Prompt
+from kvrelay.client.results import Chunk, Collector, Generation, Model
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one generation, as they come.
+
+    `close`, leaving a `with` block, or dropping the stream cancels the generation everywhere; `close` may be called
+    from another thread. Raises the errors of `kvrelay.errors`; after an error or the end there is nothing to close.
+    """
+
+    def __init__(self, call: Any, address: str, timeout_s: float | None) -> None:
+        self._call = call
+        self._address = address
+        self._timeout_s = timeout_s
+        self._closed = False
+
+    def __next__(self) -> Chunk:
+        if self._closed:
+            raise StopIteration
+        try:
+            return to_chunk(next(self._call))
+        except grpc.RpcError as error:
+            if self._closed:
+                raise StopIteration from None
+            raise client_error(error, self._address, self._timeout_s) from None
+
+    def close(self) -> None:
+        """Cancel what is still running. Idempotent."""
+        self._closed = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._call.cancel()
+
+
+class Client:
+    """A connection to one coordinator, for many calls at once and from any thread.
+
+    `address` is host:port of the coordinator's gRPC port. `credentials` (`grpc.ssl_channel_credentials(...)`) turn TLS
+    on. `timeout_s` bounds every call that does not bring its own.
+    """
+
+    def __init__(
+        self, address: str, *, credentials: grpc.ChannelCredentials | None = None, timeout_s: float | None = None
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
+        """Start a generation and return its chunks. Raises `InvalidRequestError` for options of the wrong type."""
+        request = generate_request(prompt, options)
+        timeout_s = options.get("timeout_s", self._timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
+        return Stream(call, self.address, timeout_s)
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
+        """Wait for a whole generation."""
+        collector = Collector()
+        with self.stream(prompt, **options) as chunks:
+            for chunk in chunks:
+                collector.add(chunk)
+        return collector.result()
+
+    def models(self) -> list[Model]:
+        """The models that can be asked for."""
+        response = self._unary(self._stub.ListModels, inference_pb2.ListModelsRequest())
+        return [Model(name=m.name, max_model_len_tokens=m.max_model_len_tokens) for m in response.models]
+
+    def tokenize(self, text: str | Messages, *, model: str = "", add_special_tokens: bool | None = None) -> list[int]:
+        """The token ids of a text, or of a conversation in the model's chat template."""
+        request = tokenize_request(text, model, add_special_tokens)
+        return list(self._unary(self._stub.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """The text of token ids."""
+        request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
+        return self._unary(self._stub.Detokenize, request).text
+
+    def close(self) -> None:
+        """Cancel what is running and disconnect. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unary(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+        try:
+            return method(request, timeout=self._timeout_s, metadata=trace_metadata())
+        except grpc.RpcError as error:
+            raise client_error(error, self.address, self._timeout_s) from None

@@ -1,0 +1,44 @@
+"""How does a client talk to a coordinator? What both clients share: options, metadata, deadlines, errors."""
+
+from __future__ import annotations
+
+import grpc
+
+from kvrelay.errors import DeadlineError, KvrelayError, NoWorkersError, error_from_grpc
+from kvrelay.grpc_options import channel_options
+from kvrelay.tracing import current_context, headers_of
+
+OPTIONS = list(channel_options())
+
+_NOT_CONNECTED = (
+    # How gRPC core begins the details of what never reached a coordinator, or did not come back from it.
+    "failed to connect",
+    "Socket closed",
+    "recvmsg:",
+    "sendmsg:",
+    "connections to all backends failing",
+    "Connection reset",
+    "DNS resolution failed",
+    "Endpoint closing",
+)
+
+
+class UnreachableError(NoWorkersError):
+    """No coordinator answers at the address, or the connection to it broke."""
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """The caller's current OpenTelemetry span, so that its trace goes on in the cluster."""
+    context = current_context()
+    return tuple(headers_of(context).items()) if context else ()
+
+
+def client_error(error: grpc.RpcError, address: str, timeout_s: float | None) -> KvrelayError:
+    """The exception for a call that failed; the coordinator's message is kept."""
+    code: grpc.StatusCode = error.code()
+    details: str = error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NOT_CONNECTED):
+        return UnreachableError(f"no coordinator answers at {address}: {details}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
+        return DeadlineError(f"not finished within {timeout_s} s")
+    return error_from_grpc(code, details)
