@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from kvrelay.kv_transfer.receiver import Transfer
 from kvrelay.v1 import worker_pb2
-from kvrelay.worker.host import Work, WorkerHost
+from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.submission import Sink
+from kvrelay.worker.work import Work
 
 
 class DecodeRole:
@@ -16,30 +18,38 @@ class DecodeRole:
     async def decode(self, request: worker_pb2.Decode, sink: Sink) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
         host = self._host
-        host.validate(request.prompt_token_ids, request.sampling)
-        prompt = list(request.prompt_token_ids)
-        hasher = host.hasher(request.cache_salt, prompt)
         transfer_id = request.prefill_request_id or request.request_id
+        work = Work.of(request, "decode")
         try:
-            if request.kv_wait_ms:
-                await host.receiver.wait_settled(transfer_id, request.kv_wait_ms / 1e3)
+            host.validate(request.prompt_token_ids, request.sampling)
+            hasher = host.hasher(request.cache_salt, request.prompt_token_ids)
+            transfer = await self._wait_for_blocks(transfer_id, request)
+            work.mark("kv_ready")
             # The engine must compute at least the last token, to sample from it.
-            hits = host.store.match(hasher.hashes[: (len(prompt) - 1) // host.block_size])
+            hits = host.store.match(hasher.hashes[: (hasher.num_tokens - 1) // host.block_size])
             host.store.pin(hits)
         finally:
             host.receiver.let_go(transfer_id)
-        work = Work(
-            request_id=request.request_id,
-            prompt_token_ids=prompt,
-            sampling=request.sampling,
-            cache_salt=request.cache_salt,
-            priority=request.priority,
-        )
+        work.timeline.counters["decode.blocks_loaded"] = len(hits)
+        if transfer is not None:
+            work.timeline.counters["kv.received_bytes"] = transfer.received_bytes
+            work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
         submission = await host.submit(work, hasher, load=hits, sink=sink)
         try:
             await submission.ended.wait()
         finally:
             await host.abort(submission)
+
+    async def _wait_for_blocks(self, transfer_id: str, request: worker_pb2.Decode) -> Transfer | None:
+        if not request.kv_wait_ms:
+            return None
+        with self._host.tracing.start_span("kv.wait", request.trace) as span:
+            transfer = await self._host.receiver.wait_settled(transfer_id, request.kv_wait_ms / 1e3)
+            if transfer is None:
+                span.fail("no blocks were offered in time")
+            else:
+                span.set({"kv.blocks": transfer.received_blocks, "kv.bytes": transfer.received_bytes})
+        return transfer
 
     def forget(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""

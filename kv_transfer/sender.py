@@ -62,7 +62,7 @@ class Push:
         self._ready.put_nowait(None)
 
     async def run(self) -> PushResult:
-        """Offer, send, commit. No slot is held any more when this ends, also by cancellation.
+        """Offer, send, commit. No slot is held any more when this ends.
 
         Raises `LayoutRefusedError` when the two workers do not fit together.
         """
@@ -73,10 +73,14 @@ class Push:
         except TimeoutError:
             self.result.error = f"{self._peer.address} acknowledged nothing for {_ACK_TIMEOUT_S:.0f} s"
         finally:
-            self._over = True
-            self._unpin(list(self._held.values()))
-            self._held.clear()
+            self.close()
         return self.result
+
+    def close(self) -> None:
+        """Unpin every slot that is still held; idempotent. The owner calls it, for a `run` that never started."""
+        self._over = True
+        self._unpin(list(self._held.values()))
+        self._held.clear()
 
     async def _run(self) -> None:
         want = await self._peer.offer(self._offer)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import structlog
 
-from kvrelay.kv_transfer.peer import Peer
 from kvrelay.kv_transfer.sender import Push
+from kvrelay.tracing import Span
 from kvrelay.v1 import kv_transfer_pb2, worker_pb2
-from kvrelay.worker.host import Work, WorkerHost
+from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.submission import Sink, Submission
+from kvrelay.worker.work import Work
 
 _log = structlog.get_logger(__name__)
 
@@ -26,39 +28,25 @@ class PrefillRole:
         """See `kvrelay.worker.role.PrefillRunner`."""
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
-        prompt = list(request.prompt_token_ids)
-        hasher = host.hasher(request.cache_salt, prompt)
+        hasher = host.hasher(request.cache_salt, request.prompt_token_ids)
         # The engine must compute at least the last token, to sample from it.
-        hits = host.store.match(hasher.hashes[: (len(prompt) - 1) // host.block_size])
+        hits = host.store.match(hasher.hashes[: (hasher.num_tokens - 1) // host.block_size])
         host.store.pin(hits)
-        push = self._push(request, hasher.hashes)
-        missing = len(hasher.hashes) - len(hits)
-
-        def on_block(block: int, slot: int) -> None:
-            nonlocal missing
-            push.add(block, slot)
-            missing -= 1
-            if not missing:
-                push.finish()
-
-        host.store.pin(hits)
-        for block, slot in enumerate(hits):
-            push.add(block, slot)
-        if not missing:
-            push.finish()
-        async with asyncio.TaskGroup() as tasks:
-            pushing = tasks.create_task(self._run_push(push, request.request_id))
-            work = Work(
-                request_id=request.request_id,
-                prompt_token_ids=prompt,
-                sampling=request.sampling,
-                cache_salt=request.cache_salt,
-                priority=request.priority,
-            )
-            submission = await host.submit(work, hasher, load=hits, sink=sink, on_block=on_block)
-            await self._until_closed(submission)
-            push.finish()  # Blocks that the store had no room for do not come.
-            await pushing
+        with host.tracing.start_span("kv.push", request.trace) as span:
+            push = _Outgoing(self._push(request, hasher.hashes, span), len(hasher.hashes))
+            try:
+                host.store.pin(hits)
+                for block, slot in enumerate(hits):
+                    push.add(block, slot)
+                async with asyncio.TaskGroup() as tasks:
+                    pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
+                    work = Work.of(request, "prefill")
+                    submission = await host.submit(work, hasher, load=hits, sink=sink, on_block=push.add)
+                    await self._until_closed(submission)
+                    push.push.finish()  # Blocks that the store had no room for do not come.
+                    await pushing
+            finally:
+                push.push.close()
 
     async def _until_closed(self, submission: Submission) -> None:
         try:
@@ -67,21 +55,36 @@ class PrefillRole:
             await self._host.abort(submission)
         await submission.closed.wait()
 
-    def _push(self, request: worker_pb2.Prefill, hashes: list[bytes]) -> Push:
+    def _push(self, request: worker_pb2.Prefill, hashes: Sequence[bytes], span: Span) -> Push:
         host = self._host
         offer = kv_transfer_pb2.OfferRequest(
             request_id=request.request_id,
             sender_id=self._worker_id,
             layout=host.info.layout,
             block_hashes=b"".join(hashes),
-            trace=request.trace,
+            trace=span.context,
         )
-        peer: Peer = host.peers.get(request.decode_address)
-        return Push(peer, host.segment, offer, host.store.unpin)
+        return Push(host.peers.get(request.decode_address), host.segment, offer, host.store.unpin)
 
-    async def _run_push(self, push: Push, request_id: str) -> None:
+    async def _run_push(self, push: Push, request_id: str, span: Span) -> None:
         result = await push.run()
         self._host.counters["blocks_pushed"] += result.num_blocks
         self._host.counters["bytes_pushed"] += result.num_bytes
+        span.set({"kv.blocks": result.num_blocks, "kv.bytes": result.num_bytes, "kv.resent": result.num_resent_frames})
         if result.error:
+            span.fail(result.error)
             _log.warning("push incomplete", request_id=request_id, error=result.error)
+
+
+class _Outgoing:
+    """Finishes a push as soon as the last block is there, without waiting for the engine to close the request."""
+
+    def __init__(self, push: Push, num_blocks: int) -> None:
+        self.push = push
+        self._missing = num_blocks
+
+    def add(self, block: int, slot: int) -> None:
+        self.push.add(block, slot)
+        self._missing -= 1
+        if not self._missing:
+            self.push.finish()

@@ -239,7 +239,7 @@ def _delta(output: EngineCoreOutput, step_s: float, offset_ns: int) -> worker_pb
     events = [(_EVENTS[event.type], event.timestamp) for event in output.events or ()]
     if output.prefill_stats is not None:
         delta.num_cached_tokens = output.prefill_stats.num_cached_tokens
-        events.append(("first_token", step_s))
+        events.append(("sampled", step_s))
     for name, seconds in events:
         delta.timeline.events.add(name=name, unix_ns=int(seconds * 1e9) + offset_ns)
     return delta

@@ -16,8 +16,10 @@ from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
+from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
 from kvrelay.worker.submission import BlockHandler, Sink, Submission
+from kvrelay.worker.work import Work
 
 _EXPIRE_INTERVAL_S = 1.0
 
@@ -33,26 +35,16 @@ class StoreConfig:
     """How long received blocks are held for a request that does not come."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a role submits."""
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    sampling: common_pb2.SamplingParams
-    cache_salt: str
-    priority: int
-
-
 class WorkerHost:
     """Owns the engine, the store and everything that is in flight between them. Made by `open_host`."""
 
     def __init__(
-        self, engine: Engine, info: EngineInfo, segment: Segment, peers: Peers, config: StoreConfig
+        self, engine: Engine, info: EngineInfo, segment: Segment, peers: Peers, config: StoreConfig, tracing: Tracing
     ) -> None:
         self.info = info
         self.segment = segment
         self.peers = peers
+        self.tracing = tracing
         self.store = BlockStore(segment.num_slots)
         self.receiver = Receiver(self.store, segment, info.layout, hold_s=config.transfer_hold_s)
         self.counters: Counter[str] = Counter()
@@ -95,29 +87,33 @@ class WorkerHost:
         num_full = len(hasher.hashes)
         save = self.store.reserve(num_full - len(load))
         submission = Submission(
-            next(self._tickets), work.request_id, self.store, hasher, load=load, save=save, sink=sink, on_block=on_block
+            next(self._tickets), work, self.store, hasher, load=load, save=save, sink=sink, on_block=on_block
         )
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
         self._queued_tokens += submission.num_prompt_tokens
         self.counters["prompt_blocks_loaded"] += len(load)
         self.counters["requests"] += 1
+        request = EngineRequest(
+            request_id=submission.engine_request_id,
+            prompt_token_ids=work.prompt_token_ids,
+            sampling=work.sampling,
+            kv=KvPlan(ticket=submission.ticket, load=load, save=save),
+            cache_salt=work.cache_salt,
+            priority=work.priority,
+        )
+        sending = asyncio.ensure_future(self._engine.submit(request))
         try:
-            await self._engine.submit(
-                EngineRequest(
-                    request_id=submission.engine_request_id,
-                    prompt_token_ids=work.prompt_token_ids,
-                    sampling=work.sampling,
-                    kv=KvPlan(ticket=submission.ticket, load=load, save=save),
-                    cache_salt=work.cache_salt,
-                    priority=work.priority,
-                )
-            )
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            # It may be on its way: let it arrive, so that the abort finds it.
+            await sending
+            await self.abort(submission)
+            raise
         except BaseException:
             self._forget(submission)
             submission.end()
-            submission.close()
-            del self._by_ticket[submission.ticket]
+            self._close(submission)
             raise
         return submission
 
@@ -148,6 +144,20 @@ class WorkerHost:
                 submission.add_delta(delta)
                 if submission.ended.is_set():
                     self._forget(submission)
+                    self._trace(submission.work)
+
+    def _trace(self, work: Work) -> None:
+        """One span for the engine's part, made from the times that the engine told."""
+        if not self.tracing.enabled:
+            return
+        times = {event.name.removeprefix(f"{work.name}."): event.unix_ns for event in work.timeline.events}
+        start, end = times.get("queued"), times.get("last_token")
+        span = self.tracing.start_span("engine." + work.name, work.trace, start_unix_ns=start)
+        for name in ("scheduled", "sampled"):
+            if name in times:
+                span.event(name, times[name])
+        span.set({"prompt.tokens": len(work.prompt_token_ids), **work.timeline.counters})
+        span.end(end)
 
     def on_kv_reports(self, reports: Sequence[KvReport]) -> None:
         """Follow what the engine does with slots."""
@@ -160,9 +170,12 @@ class WorkerHost:
             elif report.kind is KvReportKind.LOADED:
                 submission.loaded()
             else:
-                submission.close()
-                del self._by_ticket[report.ticket]
+                self._close(submission)
         self.top_up_grants()
+
+    def _close(self, submission: Submission) -> None:
+        submission.close()
+        del self._by_ticket[submission.ticket]
 
     def top_up_grants(self) -> None:
         """Lend the engine slots up to the limit."""
@@ -202,7 +215,7 @@ class WorkerHost:
 
 
 @asynccontextmanager
-async def open_host(engine: Engine, config: StoreConfig) -> AsyncIterator[WorkerHost]:
+async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> AsyncIterator[WorkerHost]:
     """Start the engine, which may take minutes, and run a host over it; end both at exit.
 
     An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
@@ -213,7 +226,7 @@ async def open_host(engine: Engine, config: StoreConfig) -> AsyncIterator[Worker
         info = await engine.start(segment, lambda reports: host.on_kv_reports(reports))
         async with asyncio.TaskGroup() as tasks:
             peers = Peers(tasks)
-            host = WorkerHost(engine, info, segment, peers, config)
+            host = WorkerHost(engine, info, segment, peers, config, tracing)
             host.top_up_grants()
             loops = [tasks.create_task(host.run(), name="engine-steps"), tasks.create_task(host.expire(), name="expire")]
             try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.kv_transfer.block_store import BlockStore
-from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.v1 import worker_pb2
+from kvrelay.worker.work import Work
 
 Sink = Callable[[worker_pb2.TokenDelta], None]
 BlockHandler = Callable[[int, int], None]
@@ -26,7 +26,7 @@ class Submission:
     def __init__(
         self,
         ticket: int,
-        request_id: str,
+        work: Work,
         store: BlockStore,
         hasher: BlockHasher,
         *,
@@ -36,10 +36,9 @@ class Submission:
         on_block: BlockHandler | None = None,
     ) -> None:
         self.ticket = ticket
-        self.request_id = request_id
-        self.engine_request_id = f"{request_id}.{ticket}"
+        self.work = work
+        self.engine_request_id = f"{work.request_id}.{ticket}"
         self.num_prompt_tokens = hasher.num_tokens
-        self.events: list[common_pb2.Timeline.Event] = []
         self.ended = asyncio.Event()
         """Set when no token follows."""
         self.closed = asyncio.Event()
@@ -68,23 +67,20 @@ class Submission:
 
     def add_delta(self, delta: worker_pb2.TokenDelta) -> None:
         """Pass tokens on, under the request's own id."""
-        delta.request_id = self.request_id
+        delta.request_id = self.work.request_id
         self._hasher.append(delta.token_ids)
         for block in [block for block in self._unnamed if block < len(self._hasher.hashes)]:
             self._name(block, self._unnamed.pop(block))
-        self.events.extend(delta.timeline.events)
+        for event in delta.timeline.events:
+            self.work.mark(event.name, event.unix_ns)
         delta.ClearField("timeline")
         self.has_first_token = self.has_first_token or bool(delta.token_ids)
         if delta.finish_reason:
-            self.mark("last_token")
-            delta.timeline.events.extend(self.events)
+            self.work.mark("last_token")
+            delta.timeline.CopyFrom(self.work.timeline)
         self._sink(delta)
         if delta.finish_reason:
             self.end()
-
-    def mark(self, name: str) -> None:
-        """Note that something happens now."""
-        self.events.append(common_pb2.Timeline.Event(name=name, unix_ns=time.time_ns()))
 
     def end(self) -> None:
         """No token follows."""
