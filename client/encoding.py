@@ -88,9 +88,8 @@ def to_chunk(response: inference_pb2.GenerateResponse) -> Chunk:
         index=response.index,
         text=response.text,
         token_ids=tuple(response.token_ids),
-        logprobs=tuple(
-            TokenLogprobs(sampled=_logprob(row.sampled), top=tuple(map(_logprob, row.top))) for row in response.logprobs
-        ),
+        logprobs=tuple(map(_row, response.logprobs)),
+        prompt_logprobs=tuple(map(_row, response.prompt_logprobs)),
         finish_reason=_FINISH_REASONS.get(response.finish_reason),
         stop_reason=response.stop_reason or None,
         usage=usage,
@@ -136,6 +135,10 @@ def _entry(message: object, index: int, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequestError(f"messages[{index}].{name} must be a string", field=f"messages[{index}].{name}")
     return value
+
+
+def _row(row: inference_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(sampled=_logprob(row.sampled), top=tuple(map(_logprob, row.top)))
 
 
 def _logprob(entry: inference_pb2.TokenLogprob) -> TokenLogprob:

@@ -42,6 +42,8 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     logprobs: int
     """Number of most likely tokens to report for each generated one."""
+    prompt_logprobs: int
+    """The same for each token of the prompt but the first."""
     logit_bias: Mapping[int, float]
     allowed_token_ids: Sequence[int]
     bad_words: Sequence[str]

@@ -61,6 +61,9 @@ class Chunk:
     usage: Usage | None = None
     """Set in the last chunk of the call."""
     timeline: Timeline | None = None
+    """Set in the last chunk of the call, when asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """In the first chunk of each index, when asked for: one entry per prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     stop_reason: str | None
-    timeline: Timeline | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ class Generation:
     request_id: str
     completions: tuple[Completion, ...]
     usage: Usage | None
+    timeline: Timeline | None = None
 
     @property
     def text(self) -> str:
@@ -111,6 +115,7 @@ class _Parts:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     last: Chunk | None = None
 
 
@@ -120,26 +125,34 @@ class Collector:
     def __init__(self) -> None:
         self._request_id = ""
         self._usage: Usage | None = None
+        self._timeline: Timeline | None = None
         self._by_index: dict[int, _Parts] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk of the call."""
         self._request_id = chunk.request_id
         self._usage = chunk.usage or self._usage
+        self._timeline = chunk.timeline or self._timeline
         parts = self._by_index.setdefault(chunk.index, _Parts())
         parts.texts.append(chunk.text)
         parts.token_ids.extend(chunk.token_ids)
         parts.logprobs.extend(chunk.logprobs)
+        parts.prompt_logprobs = parts.prompt_logprobs or chunk.prompt_logprobs
         if parts.last is None or chunk.finish_reason:
             parts.last = chunk
 
     def result(self) -> Generation:
         """The whole; call it after the last chunk."""
         completions = tuple(_completion(parts) for _, parts in sorted(self._by_index.items()))
-        return Generation(request_id=self._request_id, completions=completions or (_NOTHING,), usage=self._usage)
+        return Generation(
+            request_id=self._request_id,
+            completions=completions or (_NOTHING,),
+            usage=self._usage,
+            timeline=self._timeline,
+        )
 
 
-_NOTHING = Completion(text="", token_ids=(), logprobs=(), finish_reason=None, stop_reason=None, timeline=None)
+_NOTHING = Completion(text="", token_ids=(), logprobs=(), finish_reason=None, stop_reason=None)
 
 
 def _completion(parts: _Parts) -> Completion:
@@ -150,5 +163,5 @@ def _completion(parts: _Parts) -> Completion:
         logprobs=tuple(parts.logprobs),
         finish_reason=last.finish_reason if last else None,
         stop_reason=last.stop_reason if last else None,
-        timeline=last.timeline if last else None,
+        prompt_logprobs=parts.prompt_logprobs,
     )

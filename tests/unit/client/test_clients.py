@@ -129,6 +129,20 @@ def test_nobody_listening_is_said_with_the_address() -> None:
             client.generate("x")
 
 
+def test_credentials_turn_a_secure_channel_on() -> None:
+    with (
+        scripted_inference(grpc.local_server_credentials()) as service,
+        Client(service.address, credentials=grpc.local_channel_credentials()) as client,
+    ):
+        assert client.detokenize([1]) == "1"
+
+
+async def test_credentials_turn_a_secure_asyncio_channel_on() -> None:
+    with scripted_inference(grpc.local_server_credentials()) as service:
+        async with AsyncClient(service.address, credentials=grpc.local_channel_credentials()) as client:
+            assert await client.detokenize([1]) == "1"
+
+
 def test_the_callers_trace_goes_along(service: ScriptedInference, client: Client) -> None:
     span = trace.NonRecordingSpan(trace.SpanContext(1, 2, is_remote=False, trace_flags=trace.TraceFlags(1)))
     token = attach(trace.set_span_in_context(span))

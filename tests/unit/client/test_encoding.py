@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvrelay.client import Chunk, InvalidRequestError, Message, Usage
+from kvrelay.client import Chunk, InvalidRequestError, Message, Timeline, Usage
 from kvrelay.client.encoding import generate_request, to_chunk
 from kvrelay.client.results import Collector
 from kvrelay.v1 import common_pb2, inference_pb2
@@ -80,6 +80,7 @@ def test_a_response_becomes_a_chunk() -> None:
         text="a",
         token_ids=[4],
         logprobs=[inference_pb2.TokenLogprobs(sampled=sampled, top=[sampled])],
+        prompt_logprobs=[inference_pb2.TokenLogprobs(sampled=sampled)],
         finish_reason=common_pb2.FINISH_REASON_LENGTH,
         timeline=common_pb2.Timeline(
             events=[common_pb2.Timeline.Event(name="x", unix_ns=9)], counters={"kv.pushed_bytes": 3}
@@ -88,6 +89,7 @@ def test_a_response_becomes_a_chunk() -> None:
     chunk = to_chunk(response)
     assert (chunk.index, chunk.text, chunk.token_ids, chunk.finish_reason) == (1, "a", (4,), "length")
     assert chunk.logprobs[0].sampled == chunk.logprobs[0].top[0]
+    assert chunk.prompt_logprobs[0].top == ()
     assert chunk.timeline is not None
     assert (chunk.timeline.events, chunk.timeline.counters) == ((("x", 9),), {"kv.pushed_bytes": 3})
     assert (chunk.stop_reason, chunk.usage) == (None, None)
@@ -95,17 +97,19 @@ def test_a_response_becomes_a_chunk() -> None:
 
 def test_chunks_of_several_completions_are_put_together() -> None:
     collector = Collector()
+    timeline = Timeline(events=(), counters={"a": 1})
     for chunk in (
         Chunk(request_id="r", index=1, text="b", token_ids=(2,)),
         Chunk(request_id="r", index=0, text="a", token_ids=(1,), finish_reason="length"),
         Chunk(request_id="r", index=1, text="c", token_ids=(3,), finish_reason="stop", stop_reason="x"),
-        Chunk(request_id="r", usage=Usage(prompt_tokens=1, completion_tokens=3)),
+        Chunk(request_id="r", usage=Usage(prompt_tokens=1, completion_tokens=3), timeline=timeline),
     ):
         collector.add(chunk)
     whole = collector.result()
     assert [completion.text for completion in whole.completions] == ["a", "bc"]
     assert (whole.text, whole.token_ids, whole.finish_reason) == ("a", (1,), "length")
     assert whole.completions[1].stop_reason == "x"
+    assert whole.timeline == timeline
     assert whole.usage == Usage(prompt_tokens=1, completion_tokens=3)
 
 
