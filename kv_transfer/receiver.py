@@ -85,7 +85,9 @@ class Receiver:
                 " start both workers with the same model, dtype and block size"
             )
         if not block_hashes or len(block_hashes) % 16 or len(block_hashes) // 16 > MAX_OFFERED_BLOCKS:
-            raise OfferError(f"block_hashes has {len(block_hashes)} bytes; 16 for each of 1..{MAX_OFFERED_BLOCKS} blocks")
+            raise OfferError(
+                f"block_hashes has {len(block_hashes)} bytes; 16 for each of 1..{MAX_OFFERED_BLOCKS} blocks"
+            )
         self.cancel(request_id)
         hashes = [block_hashes[i : i + 16] for i in range(0, len(block_hashes), 16)]
         transfer = Transfer(self._new_id(), request_id, hashes, self._clock() + self._hold_s)

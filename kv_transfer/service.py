@@ -46,9 +46,7 @@ class KvTransferService:
                 status=status,
             )
 
-    async def commit(
-        self, request: kv_transfer_pb2.CommitRequest, context: _Context
-    ) -> kv_transfer_pb2.CommitResponse:
+    async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:
         """See kv_transfer.proto."""
         return kv_transfer_pb2.CommitResponse(num_missing_blocks=self._receiver.commit(request.transfer_id))
 

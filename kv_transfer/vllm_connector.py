@@ -137,7 +137,9 @@ class KvRelayConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         copies = self._copies()
         self._copier.save((slot, block) for slot, block, _, _ in copies.saves)
-        self._reports.write(RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves)
+        self._reports.write(
+            RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves
+        )
 
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER:

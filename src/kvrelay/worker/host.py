@@ -228,7 +228,10 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             peers = Peers(tasks)
             host = WorkerHost(engine, info, segment, peers, config, tracing)
             host.top_up_grants()
-            loops = [tasks.create_task(host.run(), name="engine-steps"), tasks.create_task(host.expire(), name="expire")]
+            loops = [
+                tasks.create_task(host.run(), name="engine-steps"),
+                tasks.create_task(host.expire(), name="expire"),
+            ]
             try:
                 yield host
             finally:
