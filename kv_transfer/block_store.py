@@ -93,7 +93,7 @@ class BlockStore:
         return self._take(count, SlotState.GRANTED)
 
     def _take(self, count: int, state: SlotState) -> list[int]:
-        taken = []
+        taken: list[int] = []
         while len(taken) < count and (self._free or self._evictable):
             slot = self._free.pop() if self._free else self._evict()
             self._state[slot] = state

@@ -107,7 +107,7 @@ class Receiver:
             self._settle(transfer)
         return transfer.transfer_id, wanted
 
-    def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status:
+    def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status.ValueType:
         """Check one frame and copy it into its slots."""
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
@@ -217,8 +217,9 @@ class Receiver:
 
 
 def describe_layout(layout: cluster_pb2.KvLayout) -> str:
-    """One line that shows what makes two layouts equal."""
+    """One line with everything that must be equal."""
     return (
-        f"model {layout.model}, {layout.dtype}, {layout.format}, {layout.num_layers} layers, {layout.num_kv_heads} heads"
-        f" of {layout.head_elements}, {layout.block_size_tokens} tokens a block, {layout.fingerprint.hex()}"
+        f"model {layout.model}, {layout.dtype}, {layout.format}, {layout.num_layers} layers,"
+        f" {layout.num_kv_heads} heads of {layout.head_elements}, {layout.block_size_tokens} tokens a block,"
+        f" {layout.fingerprint.hex()}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -53,7 +54,7 @@ class KvTransferService:
 
 def add_to_server(service: KvTransferService, server: grpc.aio.Server) -> None:
     """Register the handlers; `Push` with the bytes as they come, which generated code does not offer."""
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Offer": grpc.unary_unary_rpc_method_handler(
             service.offer,
             request_deserializer=kv_transfer_pb2.OfferRequest.FromString,

@@ -6,6 +6,7 @@ into copies, the ranks carry them out and report over a pipe. No network, no has
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -91,7 +92,7 @@ class KvRelayConnector(KVConnectorBase_V1):
             self._plan.scheduled(
                 request_id,
                 num_computed + scheduled[request_id],
-                lambda request_id=request_id: blocks.resolve_block_ids(request_id)[0],
+                partial(_attention_blocks, blocks, request_id),
             )
         return StepCopies(self._plan.take())
 
@@ -151,3 +152,8 @@ class KvRelayConnector(KVConnectorBase_V1):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepCopies)
         return metadata.copies
+
+
+def _attention_blocks(blocks: KVConnectorBlockState, request_id: str) -> list[int]:
+    """The request's engine blocks; a connector without hybrid memory support has one group."""
+    return blocks.resolve_block_ids(request_id)[0]

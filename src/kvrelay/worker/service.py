@@ -29,7 +29,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._prefill = prefill
         self._decode = decode
 
-    async def Session(  # noqa: N802
+    async def Session(  # type: ignore[override]
         self,
         request_iterator: AsyncIterator[worker_pb2.CoordinatorMessage],
         context: grpc.aio.ServicerContext[worker_pb2.CoordinatorMessage, worker_pb2.WorkerMessage],
@@ -46,7 +46,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             log.info("session closed")
 
-    async def GetStatus(  # noqa: N802
+    async def GetStatus(
         self,
         request: worker_pb2.GetStatusRequest,
         context: grpc.aio.ServicerContext[worker_pb2.GetStatusRequest, worker_pb2.WorkerStatus],

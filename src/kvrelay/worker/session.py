@@ -102,7 +102,7 @@ class Session:
             _log.exception("request failed", request_id=request_id)
             self._fail(request_id, _Failed.REASON_INTERNAL, f"request {request_id} failed; the worker's log says why")
 
-    def _fail(self, request_id: str, reason: worker_pb2.RequestFailed.Reason, message: str) -> None:
+    def _fail(self, request_id: str, reason: worker_pb2.RequestFailed.Reason.ValueType, message: str) -> None:
         failed = _Failed(request_id=request_id, reason=reason, message=message)
         self._post(worker_pb2.WorkerMessage(failed=failed))
 
