@@ -1,0 +1,164 @@
+"""One worker process: engine, store, gRPC server and membership put together, and taken apart in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvrelay import __version__, grpc_options, logs
+from kvrelay.decode_worker.runner import DecodeRole
+from kvrelay.engine.base import Engine, EngineDeadError, EngineInfo
+from kvrelay.etcd.client import EtcdClient
+from kvrelay.kv_transfer import service as kv_service
+from kvrelay.kv_transfer.service import KvTransferService
+from kvrelay.launch.engines import EngineChoice, make_engine
+from kvrelay.membership import Registration, worker_key
+from kvrelay.prefill_worker.runner import PrefillRole
+from kvrelay.tracing import Tracing, configure_tracing
+from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.service import WorkerService
+
+_log = structlog.get_logger(__name__)
+
+EXIT_ENGINE_DEAD = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Everything one worker process needs to know."""
+
+    role: cluster_pb2.Role.ValueType
+    worker_id: str
+    etcd: Sequence[str]
+    """host:port of every member."""
+    cluster: str = "default"
+    listen: str = "127.0.0.1:0"
+    advertise: str | None = None
+    """host:port that others dial; where it listens when None."""
+    engine: EngineChoice
+    store: StoreConfig = field(default_factory=StoreConfig)
+    otlp_endpoint: str | None = None
+    log_format: str = "console"
+    log_level: str = "info"
+    drain_s: float = 8.0
+    """How long requests may go on after SIGTERM."""
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure(level=config.log_level, log_format=config.log_format)
+    _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
+    with tempfile.TemporaryDirectory(prefix="kvrelay-worker-") as scratch:
+        # vLLM puts its sockets there; its own default is never cleaned.
+        os.environ["VLLM_RPC_BASE_PATH"] = scratch
+        try:
+            uvloop.run(_serve(config))
+        except* EngineDeadError as dead:
+            _log.error("engine died", error=str(dead.exceptions[0]))
+            return EXIT_ENGINE_DEAD
+    return 0
+
+
+async def _serve(config: WorkerConfig) -> None:
+    stop = _stop_on_signals()
+    name = cluster_pb2.Role.Name(config.role).removeprefix("ROLE_").lower() + "-worker"
+    tracing = configure_tracing(f"kvrelay-{name}", config.otlp_endpoint, instance_id=config.worker_id)
+    started = time.monotonic()
+    try:
+        async with open_host(make_engine(config.engine), config.store, tracing) as host:
+            _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
+            async with _server(config, host) as (server, info, health_servicer):
+                async with _membership(config, info):
+                    _log.info("serving", address=info.address, worker_id=info.worker_id)
+                    await stop.wait()
+                    _log.info("leaving")
+                await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+                await server.stop(config.drain_s)
+    finally:
+        tracing.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def _server(
+    config: WorkerConfig, host: WorkerHost
+) -> AsyncIterator[tuple[grpc.aio.Server, cluster_pb2.WorkerInfo, health.aio.HealthServicer]]:
+    server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
+    port = server.add_insecure_port(config.listen)
+    listening = f"{config.listen.rpartition(':')[0]}:{port}"
+    info = _worker_info(config, host.info, config.advertise or listening)
+    service = WorkerService(
+        lambda: info,
+        lambda: host.status(config.worker_id),
+        PrefillRole(host, config.worker_id),
+        DecodeRole(host),
+    )
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+    kv_service.add_to_server(KvTransferService(host.receiver), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    names = (
+        worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
+        kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
+        health.SERVICE_NAME,
+        reflection.SERVICE_NAME,
+    )
+    reflection.enable_server_reflection(names, server)
+    await server.start()
+    try:
+        yield server, info, health_servicer
+    finally:
+        await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def _membership(config: WorkerConfig, info: cluster_pb2.WorkerInfo) -> AsyncIterator[None]:
+    async with EtcdClient(config.etcd) as etcd, Registration(
+        etcd, worker_key(config.cluster, info.worker_id), info.SerializeToString()
+    ):
+        yield
+
+
+def _worker_info(config: WorkerConfig, engine: EngineInfo, address: str) -> cluster_pb2.WorkerInfo:
+    return cluster_pb2.WorkerInfo(
+        worker_id=config.worker_id,
+        role=config.role,
+        state=cluster_pb2.WORKER_STATE_READY,
+        model=config.engine.served_model_name,
+        address=address,
+        layout=engine.layout,
+        max_model_len_tokens=engine.max_model_len_tokens,
+        num_engine_blocks=engine.num_engine_blocks,
+        engine=engine.name,
+        version=__version__,
+        incarnation=secrets.token_hex(8),
+        started_unix_ns=time.time_ns(),
+    )
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """The first SIGTERM or SIGINT asks to stop, the second ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
