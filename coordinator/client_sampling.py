@@ -38,8 +38,9 @@ def client_sampling(message: common_pb2.SamplingParams, model_defaults: Mapping[
     Raises `InvalidRequestError`, or vLLM's validation error, for values out of range.
     """
     _refuse_resolved(message)
+    given = {field.name for field, _ in message.ListFields()}
     values: dict[str, Any] = {"max_tokens": None, **model_defaults}
-    values |= {name: getattr(message, name) for name in _FIELDS if message.HasField(name)}
+    values |= {name: getattr(message, name) for name in _FIELDS if name in given}
     if message.HasField("structured_output"):
         values["structured_outputs"] = structured_to_vllm(message.structured_output)
     return SamplingParams.from_optional(

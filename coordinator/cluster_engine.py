@@ -236,9 +236,10 @@ class ClusterEngine(EngineControls):
     ) -> RequestOutputCollector:
         """Register the completions with the output processor and start them; on failure nothing is left."""
         self.input_processor.assign_request_id(request)
-        assert request.sampling_params is not None and request.prompt_token_ids is not None
-        request_id = request.request_id
+        assert request.sampling_params is not None
+        assert request.prompt_token_ids is not None
         assert request.external_req_id is not None
+        request_id = request.request_id
         queue = RequestOutputCollector(request.sampling_params.output_kind, request_id)
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         children = _children(request, parent) if parent else [request]
@@ -247,8 +248,7 @@ class ClusterEngine(EngineControls):
             external_id=request.external_req_id,
             prompt_token_ids=request.prompt_token_ids,
             completions=[
-                Completion(request_id=child.request_id, sampling=to_proto(child.params))  # type: ignore[arg-type]
-                for child in children
+                Completion(request_id=child.request_id, sampling=to_proto(child.params)) for child in children
             ],
             max_model_len_tokens=self.model_config.max_model_len,
             cache_salt=request.cache_salt or "",

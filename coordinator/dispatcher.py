@@ -210,7 +210,8 @@ class Dispatcher:
 
     @staticmethod
     def _is_prefilling_on(flow: RequestFlow, worker_id: str) -> bool:
-        return flow.phase is Phase.PREFILL and flow.plan.prefill is not None and flow.plan.prefill.worker_id == worker_id
+        prefill = flow.plan.prefill
+        return flow.phase is Phase.PREFILL and prefill is not None and prefill.worker_id == worker_id
 
 
 def _ids(flow: RequestFlow) -> set[str]:

@@ -37,7 +37,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._chat_template = chat_template
         self._default_sampling = engine.model_config.get_diff_sampling_param()
 
-    async def Generate(  # noqa: N802
+    async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         request_id = request.request_id or f"generate-{uuid.uuid4().hex}"
@@ -67,7 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         except Exception as error:
             await _abort(context, error, request_id)
 
-    async def ListModels(  # noqa: N802
+    async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: _Context
     ) -> inference_pb2.ListModelsResponse:
         model = inference_pb2.Model(
@@ -75,7 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
         return inference_pb2.ListModelsResponse(models=[model])
 
-    async def Tokenize(  # noqa: N802
+    async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
         try:
@@ -95,7 +95,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             token_ids=rendered["prompt_token_ids"], max_model_len_tokens=self._engine.model_config.max_model_len
         )
 
-    async def Detokenize(  # noqa: N802
+    async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: _Context
     ) -> inference_pb2.DetokenizeResponse:
         try:

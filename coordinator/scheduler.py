@@ -14,7 +14,7 @@ class WorkerView:
     """One connected worker as the scheduler sees it; the pool keeps the figures current."""
 
     worker_id: str
-    role: cluster_pb2.Role
+    role: cluster_pb2.Role.ValueType
     model: str
     address: str
     fingerprint: bytes

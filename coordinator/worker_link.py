@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -84,7 +84,7 @@ class WorkerLink:
                 if self.connected:
                     pause_s = BACKOFF_INITIAL_S
                 self._disconnected(reason)
-                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
                 pause_s = min(pause_s * 2, BACKOFF_MAX_S)
         finally:
             self._disconnected("the worker has left the cluster")
@@ -94,10 +94,9 @@ class WorkerLink:
         reason = "the worker closed the stream"
         try:
             async with open_channel(self.worker.address) as channel:
-                await self._converse(worker_pb2_grpc.WorkerStub(channel))  # type: ignore[no-untyped-call]
+                await self._converse(worker_pb2_grpc.WorkerStub(channel))
         except* grpc.aio.AioRpcError as group:
-            error = group.exceptions[0]
-            reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            reason = _describe(group.exceptions[0])
         except* TimeoutError:
             reason = f"no hello within {HELLO_TIMEOUT_S:g} s"
         except* WrongWorkerError as group:
@@ -105,7 +104,7 @@ class WorkerLink:
         return reason
 
     async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
-        stream = stub.Session()
+        stream = cast("_Stream", cast("Any", stub).Session())
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 await self._shake_hands(stream)
@@ -159,3 +158,8 @@ class WorkerLink:
             self._events.on_lost(self, reason)
         else:
             logger.info("worker %s at %s: %s", self.worker.worker_id, self.worker.address, reason)
+
+
+def _describe(error: BaseException) -> str:
+    """Status and details of a failed call, without the dump that its text has."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

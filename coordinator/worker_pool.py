@@ -42,9 +42,7 @@ class _Member:
 
     def refresh_view(self) -> None:
         """What this coordinator gave the worker, or what it reports with the share of others, whichever is more."""
-        self.view.num_queued_prompt_tokens = max(
-            sum(self.queued_tokens.values()), self.status.num_queued_prompt_tokens
-        )
+        self.view.num_queued_prompt_tokens = max(sum(self.queued_tokens.values()), self.status.num_queued_prompt_tokens)
         self.view.num_running_requests = max(
             sum(self.sequences.values()), self.status.num_running_requests + self.status.num_waiting_requests
         )

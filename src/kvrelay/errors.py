@@ -65,12 +65,8 @@ STATUSES: dict[type[KvrelayError], ErrorStatus] = {
     RequestTooLargeError: ErrorStatus(
         grpc.StatusCode.OUT_OF_RANGE, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "RequestTooLargeError"
     ),
-    OverloadedError: ErrorStatus(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.TOO_MANY_REQUESTS, "OverloadedError"
-    ),
-    NoWorkersError: ErrorStatus(
-        grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"
-    ),
+    OverloadedError: ErrorStatus(grpc.StatusCode.RESOURCE_EXHAUSTED, HTTPStatus.TOO_MANY_REQUESTS, "OverloadedError"),
+    NoWorkersError: ErrorStatus(grpc.StatusCode.UNAVAILABLE, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     WorkerLostError: ErrorStatus(grpc.StatusCode.ABORTED, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"),
     DeadlineError: ErrorStatus(grpc.StatusCode.DEADLINE_EXCEEDED, HTTPStatus.GATEWAY_TIMEOUT, "TimeoutError"),
     GenerationFailedError: ErrorStatus(

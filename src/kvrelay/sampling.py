@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from kvrelay.errors import InvalidRequestError
@@ -119,8 +120,9 @@ def to_vllm(message: common_pb2.SamplingParams) -> SamplingParams:
 
     Raises `InvalidRequestError` when a value is out of vLLM's range.
     """
-    values: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
-    values |= {name: getattr(message, name) if message.HasField(name) else None for name in _OPTIONALS}
+    given = {field.name for field, _ in message.ListFields()}
+    values: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if name in given}
+    values |= {name: getattr(message, name) if name in given else None for name in _OPTIONALS}
     if message.HasField("structured_output"):
         values["structured_outputs"] = structured_to_vllm(message.structured_output)
     try:
@@ -134,7 +136,7 @@ def to_vllm(message: common_pb2.SamplingParams) -> SamplingParams:
             skip_clone=True,
             **values,
         )
-    except ValueError as error:
+    except (VLLMClientError, ValueError) as error:
         raise InvalidRequestError(str(error)) from error
     params._eos_token_id = message.eos_token_id if message.HasField("eos_token_id") else None
     params._all_stop_token_ids = set(message.all_stop_token_ids)

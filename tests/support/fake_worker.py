@@ -56,7 +56,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             await self._server.stop(None)
             self._server = None
 
-    async def Session(  # noqa: N802
+    async def Session(
         self, requests: AsyncIterator[worker_pb2.CoordinatorMessage], context: Any
     ) -> AsyncIterator[worker_pb2.WorkerMessage]:
         self._outbox = asyncio.Queue()
@@ -108,7 +108,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
 
 def delta(
-    request_id: str, token_ids: Sequence[int], finish: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED,
+    request_id: str,
+    token_ids: Sequence[int],
+    finish: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED,
     **values: Any,
 ) -> worker_pb2.TokenDelta:
     return worker_pb2.TokenDelta(request_id=request_id, token_ids=token_ids, finish_reason=finish, **values)

@@ -399,5 +399,3 @@ async def test_reconnects_to_a_worker_whose_stream_broke(front_end: FrontEnd) ->
         await until(lambda: not cluster.engine.is_ready)
         await until(lambda: cluster.engine.is_ready)
         assert (await cluster.generate([1], temperature=0.0)).token_ids[0] == tokens
-
-
