@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
 from kvrelay.sampling import to_proto
 from kvrelay.tracing import Tracing, context_from_headers, current_context
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
-
-logger = logging.getLogger(__name__)
 
 _TASKS: tuple[SupportedTask, ...] = ("generate",)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import structlog
 
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
@@ -22,7 +23,7 @@ from kvrelay.errors import (
 )
 from kvrelay.v1 import worker_pb2
 
-logger = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 _FAILURES: dict[int, type[KvrelayError]] = {
     worker_pb2.RequestFailed.REASON_INVALID: InvalidRequestError,
@@ -114,7 +115,7 @@ class Dispatcher:
             return
         if self._is_prefilling_on(flow, worker_id):
             if failed.reason != worker_pb2.RequestFailed.REASON_INVALID:
-                logger.warning("prefill of %s failed on %s: %s", failed.request_id, worker_id, failed.message)
+                _log.warning("prefill failed", request_id=failed.request_id, worker_id=worker_id, reason=failed.message)
                 self._prefill_lost(flow)
                 return
         elif flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE:
@@ -138,7 +139,7 @@ class Dispatcher:
         try:
             self._pool.assign_prefill(flow.plan.prefill.worker_id, prefill)
         except (WorkerLostError, OverloadedError) as error:
-            logger.warning("prefill of %s not sent: %s", prefill.request_id, error)
+            _log.warning("prefill not sent", request_id=prefill.request_id, reason=error.message)
             flow.on_prefill_lost()
             self._send_decodes(flow)
 

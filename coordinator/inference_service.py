@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
+import structlog
 from vllm.inputs import EngineInput
 
 from kvrelay.coordinator.client_sampling import client_sampling
@@ -22,7 +22,7 @@ from kvrelay.errors import GenerationFailedError, InvalidRequestError, ModelNotF
 from kvrelay.tracing import current_context
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
-logger = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -128,7 +128,7 @@ async def _abort(context: _Context, error: Exception, request_id: str) -> NoRetu
     """End the call with the status of the error; what nobody foresaw is logged with the request's id."""
     known = from_vllm_error(error)
     if isinstance(known, GenerationFailedError):
-        logger.error("request %s failed", request_id, exc_info=error)
+        _log.error("request failed", request_id=request_id, exc_info=error)
     await context.abort(status_of(known).grpc, known.message)
     raise AssertionError("abort raises") from error
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import structlog
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -15,7 +15,7 @@ from kvrelay.coordinator.vllm_errors import to_vllm_error
 from kvrelay.errors import GenerationFailedError, KvrelayError
 from kvrelay.v1 import common_pb2, worker_pb2
 
-logger = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 class EngineOutputSink:
@@ -41,7 +41,7 @@ class EngineOutputSink:
         try:
             stopped += self._output_processor.process_outputs(outputs).reqs_to_abort
         except Exception as error:
-            logger.exception("processing the outputs of %d completions failed", len(outputs))
+            _log.exception("outputs could not be processed", completions=len(outputs))
             for output in outputs:
                 stopped += self._drop(output.request_id, error)
         return stopped

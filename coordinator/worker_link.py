@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections import deque
 from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
+import structlog
 
 from kvrelay.errors import OverloadedError, WorkerLostError
 from kvrelay.grpc_options import open_channel
@@ -17,7 +17,7 @@ from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
 _Stream: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.CoordinatorMessage, worker_pb2.WorkerMessage]"
 
-logger = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
 BACKOFF_INITIAL_S = 0.1
@@ -137,7 +137,7 @@ class WorkerLink:
                 while self._outbox:
                     await stream.write(self._outbox.popleft())
         except asyncio.InvalidStateError:
-            logger.debug("stream to worker %s ended while writing", self.worker.worker_id)
+            _log.debug("stream ended while writing", worker_id=self.worker.worker_id)
 
     async def _read(self, stream: _Stream) -> None:
         while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
@@ -149,7 +149,7 @@ class WorkerLink:
                 case "status":
                     self._events.on_status(self, message.status)
                 case kind:
-                    logger.warning("worker %s sent an unexpected message: %s", self.worker.worker_id, kind)
+                    _log.warning("unexpected message", worker_id=self.worker.worker_id, kind=kind)
 
     def _disconnected(self, reason: str) -> None:
         was_connected, self.connected = self.connected, False
@@ -157,7 +157,7 @@ class WorkerLink:
         if was_connected:
             self._events.on_lost(self, reason)
         else:
-            logger.info("worker %s at %s: %s", self.worker.worker_id, self.worker.address, reason)
+            _log.info("no connection", worker_id=self.worker.worker_id, address=self.worker.address, reason=reason)
 
 
 def _describe(error: BaseException) -> str:

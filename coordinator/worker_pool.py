@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Collection
 from typing import Protocol
+
+import structlog
 
 from kvrelay.coordinator.scheduler import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.errors import WorkerLostError
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
-logger = logging.getLogger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 class PoolListener(Protocol):
@@ -81,7 +82,7 @@ class WorkerPool:
         link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
         self._members[worker.worker_id] = _Member(link, task, _view_of(worker))
-        logger.info("worker %s joined: %s", worker.worker_id, worker.address)
+        _log.info("worker joined", worker_id=worker.worker_id, address=worker.address)
 
     def update(self, worker: cluster_pb2.WorkerInfo) -> None:
         """Take a changed record; a new process or address means a new connection."""
@@ -106,7 +107,7 @@ class WorkerPool:
         if member is None:
             return
         member.task.cancel()
-        logger.info("worker %s left", worker_id)
+        _log.info("worker left", worker_id=worker_id)
         if member.link.connected:
             self._lost(worker_id, "the worker has left the cluster")
         self._notify_changed()
@@ -155,7 +156,7 @@ class WorkerPool:
             member.link.send(worker_pb2.CoordinatorMessage(cancel=cancel))
 
     def on_connected(self, link: WorkerLink) -> None:
-        logger.info("worker %s connected", link.worker.worker_id)
+        _log.info("worker connected", worker_id=link.worker.worker_id)
         self._notify_changed()
 
     def on_step(self, link: WorkerLink, step: worker_pb2.StepOutputs) -> None:
@@ -180,7 +181,7 @@ class WorkerPool:
         self._notify_changed()
 
     def _lost(self, worker_id: str, reason: str) -> None:
-        logger.warning("worker %s lost: %s", worker_id, reason)
+        _log.warning("worker lost", worker_id=worker_id, reason=reason)
         if self._listener:
             self._listener.on_worker_lost(worker_id, reason)
 
