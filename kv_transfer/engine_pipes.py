@@ -15,6 +15,9 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+LOADED, SAVED, CLOSED = 1, 2, 3
+"""Values of `kvrelay.engine.base.KvReportKind`, which the engine's processes need not import."""
+
 _PIPE_BUF = 4096
 _PIPE_BYTES = 1 << 20
 _REPORT = struct.Struct("<BBHIII")

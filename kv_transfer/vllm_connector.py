@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvrelay.kv_transfer.connector_plan import ConnectorPlan, Copies
-from kvrelay.kv_transfer.engine_pipes import GrantReader, RankReport, ReportWriter
+from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, GrantReader, RankReport, ReportWriter
 from kvrelay.kv_transfer.rank_copier import RankCopier
 from kvrelay.kv_transfer.segment import Segment
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
-
-LOADED, SAVED, CLOSED = 1, 2, 3
-"""Values of `kvrelay.engine.base.KvReportKind`, which the engine's processes need not import."""
 
 
 class StepCopies(KVConnectorMetadata):

@@ -19,6 +19,16 @@ MAX_FRAME_BYTES = 64 << 20
 
 _FIXED64, _VARINT, _LEN, _FIXED32 = 1, 0, 2, 5
 _TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD = range(1, 8)
+_WIRE_TYPES = {
+    _TRANSFER_ID: _FIXED64,
+    _FIRST_BLOCK: _VARINT,
+    _NUM_BLOCKS: _VARINT,
+    _FIRST_LAYER: _VARINT,
+    _NUM_LAYERS: _VARINT,
+    _CHECKSUM: _FIXED64,
+}
+"""Of the header's fields, in the order of `FrameHeader`."""
+_MAX_UINT32 = (1 << 32) - 1
 
 
 class FrameError(ValueError):
@@ -48,7 +58,10 @@ def checksum(parts: Sequence[memoryview | bytes]) -> int:
 
 
 def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> bytes:
-    """One Frame whose payload is the parts joined: the only copy on the sender's side."""
+    """One Frame whose payload is the parts joined: the only copy on the sender's side.
+
+    Raises `ValueError` for a header that does not fit its fields.
+    """
     head = bytearray()
     _put_fixed64(head, _TRANSFER_ID, header.transfer_id)
     for field, value in (
@@ -57,6 +70,8 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
         (_FIRST_LAYER, header.first_layer),
         (_NUM_LAYERS, header.num_layers),
     ):
+        if not 0 <= value <= _MAX_UINT32:
+            raise ValueError(f"field {field} of a frame is {value}, not a uint32")
         if value:
             head.append(field << 3 | _VARINT)
             _put_varint(head, value)
@@ -70,31 +85,36 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
 
 def decode_frame(data: bytes) -> tuple[FrameHeader, memoryview]:
     """The header and a view of the payload inside `data`. Raises `FrameError`."""
-    values = [0] * 8
+    values = dict.fromkeys(_WIRE_TYPES, 0)
     view = memoryview(data)
     payload = view[:0]
     position, end = 0, len(data)
     while position < end:
         tag, position = _get_varint(data, position)
         field, wire_type = tag >> 3, tag & 7
+        if not 0 < field < 1 << 29:
+            raise FrameError(f"field number {field} in a frame")
+        value = 0
         if wire_type == _VARINT:
             value, position = _get_varint(data, position)
         elif wire_type == _FIXED64:
             value, position = int.from_bytes(data[position : position + 8], "little"), position + 8
         elif wire_type == _FIXED32:
-            value, position = int.from_bytes(data[position : position + 4], "little"), position + 4
+            position += 4
         elif wire_type == _LEN:
-            size, position = _get_varint(data, position)
-            start, position, value = position, position + size, 0
+            size, start = _get_varint(data, position)
+            position = start + size
             if field == _PAYLOAD:
                 payload = view[start:position]
         else:
             raise FrameError(f"wire type {wire_type} in a frame")
         if position > end:
             raise FrameError(f"a frame of {end} bytes is cut short in field {field}")
-        if 0 < field < _PAYLOAD:
+        if _WIRE_TYPES.get(field) == wire_type:
+            if wire_type == _VARINT and value > _MAX_UINT32:
+                raise FrameError(f"field {field} of a frame is {value}, beyond 32 bits")
             values[field] = value
-    return FrameHeader(*values[_TRANSFER_ID:_PAYLOAD]), payload
+    return FrameHeader(*values.values()), payload
 
 
 def _put_varint(out: bytearray, value: int) -> None:
