@@ -1,0 +1,165 @@
+"""How does a child process end together with everything it started?
+
+A keeper is a small process between a parent and one child. It
+
+- forwards the first SIGTERM or SIGINT to the child and kills it and all of its descendants `grace_s` later, or at
+  once on a second signal;
+- takes the death of its own parent, however it came, for such a signal;
+- adopts the descendants that outlive the child, and kills them before it ends itself with the child's exit status.
+
+This file runs by itself (`command` says how), so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LAST_WORDS_S = 1.0
+"""For processes that clean up after dead ones, such as multiprocessing's resource tracker."""
+_KILL_TIMEOUT_S = 5.0
+
+
+def command(arguments: Sequence[str], *, grace_s: float) -> list[str]:
+    """The command line that runs `arguments` under a keeper of the calling process.
+
+    The calling thread must live as long as the child shall.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace_s), *arguments]
+
+
+def become_subreaper() -> None:
+    """Make this process the parent of orphaned descendants, where the system can (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def children(pid: int) -> list[int]:
+    """The live or unreaped children of a process."""
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal() and _parent(entry) == pid]
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Children, their children, and so on."""
+    for child in children(pid):
+        yield child
+        yield from descendants(child)
+
+
+def kill(pids: Sequence[int] | Iterator[int]) -> None:
+    """SIGKILL; processes that are gone are fine."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the child and return the status to exit with; a signal counts as 128 + its number, as in a shell."""
+    parent, grace_s, child_arguments = int(arguments[0]), float(arguments[1]), arguments[2:]
+    watched = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    become_subreaper()
+    if os.getppid() != parent:
+        return 1
+    child = _start(child_arguments, watched)
+    status = _wait(child, watched, grace_s)
+    _end_descendants()
+    return status
+
+
+def _start(arguments: Sequence[str], blocked: set[signal.Signals]) -> int:
+    keeper = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+    if os.getppid() != keeper:
+        os._exit(1)
+    try:
+        os.execvp(arguments[0], list(arguments))  # noqa: S606 - the command is the caller's
+    except OSError as error:
+        os.write(2, f"cannot run {arguments[0]}: {error.strerror}\n".encode())
+    os._exit(127)
+
+
+def _wait(child: int, watched: set[signal.Signals], grace_s: float) -> int:
+    """Until the child is gone, by itself or by a signal; other descendants are reaped on the way."""
+    kill_at: float | None = None
+    while True:
+        status = _reap(child)
+        if status is not None:
+            return status
+        timeout_s = 3600.0 if kill_at is None else max(0.0, kill_at - time.monotonic())
+        received = signal.sigtimedwait(watched, timeout_s)
+        if received is None:
+            if kill_at is not None:
+                kill(descendants(os.getpid()))
+                kill_at = time.monotonic() + _KILL_TIMEOUT_S
+        elif received.si_signo != signal.SIGCHLD:
+            if kill_at is None:
+                os.kill(child, signal.SIGTERM)
+                kill_at = time.monotonic() + grace_s
+            else:
+                kill_at = time.monotonic()
+
+
+def _reap(child: int) -> int | None:
+    """Collect whatever has ended; the child's exit status when it is among them."""
+    found: int | None = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            found = code if code >= 0 else 128 - code
+
+
+def _end_descendants() -> None:
+    own = os.getpid()
+    begin = time.monotonic()
+    while time.monotonic() < begin + _KILL_TIMEOUT_S:
+        _reap(0)
+        left = list(descendants(own))
+        if not left:
+            return
+        cleaning_up = time.monotonic() < begin + _LAST_WORDS_S
+        kill([pid for pid in left if not (cleaning_up and _is_resource_tracker(pid))])
+        signal.sigtimedwait({signal.SIGCHLD}, 0.05)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _parent(process: Path) -> int | None:
+    try:
+        stat = (process / "stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
