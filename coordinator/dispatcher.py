@@ -154,6 +154,7 @@ class Dispatcher:
     def _settle(self, flow: RequestFlow) -> None:
         """After the client has got its tokens: finish the request, or send its second half."""
         if flow.done:
+            self._cancel_prefill(flow)
             self._forget(flow)
         elif flow.phase is Phase.DECODE_DUE:
             try:
@@ -190,7 +191,7 @@ class Dispatcher:
         self._sink.fail(completion_ids, error)
 
     def _cancel_prefill(self, flow: RequestFlow) -> None:
-        """The prefill worker may compute or push still, and the decode worker hold slots for it."""
+        """Of a request that is over: the prefill worker may push still, and the decode worker hold blocks for it."""
         if flow.plan.prefill is not None and flow.prefill_may_run:
             request_id = flow.request.request_id
             self._pool.send_cancel(flow.plan.prefill.worker_id, request_id)

@@ -136,7 +136,7 @@ async def test_stop_token_from_prefill_finishes_the_request(front_end: FrontEnd)
         generated = await cluster.generate(PROMPT, temperature=0.0, max_tokens=50)
         assert generated.text[0] == ""
         assert generated.finish_reason[0] == "stop"
-        assert not cluster.decode.received
+        assert not cluster.decode.messages("decode")
         cluster.assert_idle()
 
 
@@ -145,7 +145,7 @@ async def test_one_token_is_all_prefills_work(front_end: FrontEnd) -> None:
         generated = await cluster.generate(PROMPT, temperature=0.0, max_tokens=1)
         assert generated.finish_reason[0] == "length"
         assert len(generated.token_ids[0]) == 1
-        assert not cluster.decode.received
+        assert not cluster.decode.messages("decode")
         cluster.assert_idle()
 
 
@@ -154,7 +154,7 @@ async def test_first_token_that_fills_the_context_is_the_last(front_end: FrontEn
         generated = await cluster.generate([7] * 511, temperature=0.0, max_tokens=30)
         assert generated.finish_reason[0] == "length"
         assert len(generated.token_ids[0]) == 1
-        assert not cluster.decode.received
+        assert not cluster.decode.messages("decode")
 
 
 async def test_prompt_without_a_full_block_goes_to_decode_alone(front_end: FrontEnd) -> None:
@@ -363,7 +363,7 @@ async def test_impossible_requests_never_leave(
         with pytest.raises(VLLMValidationError, match=message) as raised:
             await cluster.generate(prompt, **sampling)
         assert raised.value.parameter == field
-        assert not cluster.decode.received
+        assert not cluster.decode.messages("decode")
         assert not cluster.prefill.received
         cluster.assert_idle()
 

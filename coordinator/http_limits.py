@@ -1,0 +1,50 @@
+"""What one HTTP request may ask for, beyond what the model itself limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    max_body_bytes: int = 16 * 1024 * 1024
+    """Larger bodies are refused with 413 while they are read."""
+    body_timeout_s: float = 60.0
+    """How long a client may take to send its body."""
+    max_json_depth: int = 64
+    """Nesting of objects and arrays."""
+    max_completions: int = 1024
+    """n times the number of prompts."""
+    max_messages: int = 4096
+    max_tools: int = 128
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256
+    """Of one stop string; so many characters of a stream are held back."""
+    max_stop_token_ids: int = 256
+    max_logit_biases: int = 1024
+    max_bad_words: int = 128
+    max_bad_word_chars: int = 256
+    retry_after_s: int = 1
+    """Sent with 429 and 503."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestBounds:
+    """The limits of one request: the gateway's and, at this moment, the model's."""
+
+    limits: HttpLimits
+    vocab_size: int
+    max_model_len_tokens: int
+    max_logprobs: int
+
+
+def bounds_now(limits: HttpLimits, model_config: ModelConfig) -> RequestBounds:
+    """The model's context length follows the smallest of the workers, so it is read for each request."""
+    return RequestBounds(
+        limits=limits,
+        vocab_size=model_config.get_vocab_size(),
+        max_model_len_tokens=model_config.max_model_len,
+        max_logprobs=model_config.max_logprobs,
+    )

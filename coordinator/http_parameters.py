@@ -1,0 +1,208 @@
+"""Which fields the OpenAI routes take, and the check of each: what is not in these tables is refused.
+
+vLLM's request models take unknown fields silently, convert strings to numbers, and have fields that would reach
+into an engine or fetch from the network. So the tables come first, vLLM's validation second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvrelay.coordinator.http_limits import RequestBounds
+from kvrelay.coordinator.json_checks import (
+    Check,
+    array,
+    boolean,
+    check_depth,
+    integer,
+    is_integer,
+    logit_bias,
+    number,
+    one_of,
+    refuse,
+    string,
+    strings,
+    structure,
+    token_ids,
+)
+from kvrelay.errors import InvalidRequestError
+
+_INT31 = 2**31 - 1
+_INT64 = 2**63 - 1
+
+_SAMPLING: dict[str, Check] = {
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(0, 10, above_low=True),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1, above_low=True),
+    "top_k": integer(-1, _INT31),
+    "min_p": number(0, 1),
+    "seed": integer(-(2**63), _INT64),
+    "min_tokens": integer(0, lambda bounds: bounds.max_model_len_tokens),
+    "ignore_eos": boolean,
+    "stop": strings(
+        lambda bounds: bounds.limits.max_stop_strings, lambda bounds: bounds.limits.max_stop_chars, or_one=True
+    ),
+    "stop_token_ids": token_ids(lambda bounds: bounds.limits.max_stop_token_ids),
+    "include_stop_str_in_output": boolean,
+    "logit_bias": logit_bias,
+    "allowed_token_ids": token_ids(lambda bounds: bounds.vocab_size),
+    "bad_words": strings(lambda bounds: bounds.limits.max_bad_words, lambda bounds: bounds.limits.max_bad_word_chars),
+    "prompt_logprobs": integer(0, lambda bounds: bounds.max_logprobs),
+    "skip_special_tokens": boolean,
+    "spaces_between_special_tokens": boolean,
+    "response_format": structure,
+    "structured_outputs": structure,
+    "n": integer(1, lambda bounds: bounds.limits.max_completions),
+}
+
+_COMMON: dict[str, Check] = {
+    **_SAMPLING,
+    "model": string(1024),
+    "stream": boolean,
+    "stream_options": structure,
+    "echo": boolean,
+    "add_special_tokens": boolean,
+    "truncate_prompt_tokens": integer(-1, lambda bounds: bounds.max_model_len_tokens),
+    "truncation_side": one_of("left", "right"),
+    "priority": integer(-(2**31), _INT31),
+    "cache_salt": string(128),
+    "return_token_ids": boolean,
+    "return_tokens_as_token_ids": boolean,
+    "user": string(1024),
+}
+
+_TEMPLATE: dict[str, Check] = {
+    "messages": array(lambda bounds: bounds.limits.max_messages),
+    "tools": array(lambda bounds: bounds.limits.max_tools),
+    "add_generation_prompt": boolean,
+    "continue_final_message": boolean,
+    "chat_template_kwargs": structure,
+}
+
+CHAT: dict[str, Check] = {
+    **_COMMON,
+    **_TEMPLATE,
+    "logprobs": boolean,
+    "top_logprobs": integer(0, lambda bounds: bounds.max_logprobs),
+    "max_tokens": integer(1, _INT64),
+    "max_completion_tokens": integer(1, _INT64),
+    "tool_choice": lambda name, value, bounds: None if isinstance(value, str) else structure(name, value, bounds),
+    "parallel_tool_calls": boolean,
+    "documents": array(lambda bounds: bounds.limits.max_messages),
+    "reasoning_effort": string(16),
+    "include_reasoning": boolean,
+}
+"""/v1/chat/completions"""
+
+COMPLETION: dict[str, Check] = {
+    **_COMMON,
+    "prompt": lambda name, value, bounds: _check_prompt(name, value, bounds),
+    "logprobs": integer(0, lambda bounds: bounds.max_logprobs),
+    "max_tokens": integer(0, _INT64),
+}
+"""/v1/completions"""
+
+TOKENIZE: dict[str, Check] = {
+    **_TEMPLATE,
+    "model": string(1024),
+    "prompt": string(_INT31),
+    "add_special_tokens": boolean,
+    "return_token_strs": boolean,
+}
+
+DETOKENIZE: dict[str, Check] = {
+    "model": string(1024),
+    "tokens": token_ids(lambda bounds: _INT31),
+}
+
+WITHOUT_EFFECT = frozenset(
+    {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+"""Fields of OpenAI's API about accounts and billing: taken on both generating routes, and ignored."""
+
+_CONTENT_TYPES = ("text", "refusal")
+
+
+def check_parameters(body: Any, table: Mapping[str, Check], bounds: RequestBounds) -> dict[str, Any]:
+    """The fields to give to vLLM's request model: those that are set, each checked on its own.
+
+    Raises `InvalidRequestError` for what is no object, too deep, unknown, of a wrong type or out of range.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequestError(f"the body is of type {type(body).__name__}; it must be a JSON object")
+    fields = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
+    check_depth({name: value for name, value in fields.items() if name != "prompt"}, bounds.limits.max_json_depth)
+    for name, value in fields.items():
+        check = table.get(name)
+        if check is None:
+            raise InvalidRequestError(f"{name[:80]!r} is not a parameter of this route", field=name[:80])
+        check(name, value, bounds)
+    _check_messages(fields.get("messages", ()))
+    _check_num_completions(fields, bounds)
+    return fields
+
+
+def _check_messages(messages: Any) -> None:
+    """Only text: vLLM would fetch images from where the client says."""
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise refuse(name, message, "an object")
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind not in _CONTENT_TYPES:
+                raise InvalidRequestError(
+                    f"{name}.content has a part of type {kind!r}; only text is offered", field="messages"
+                )
+
+
+def _check_num_completions(fields: Mapping[str, Any], bounds: RequestBounds) -> None:
+    prompt = fields.get("prompt")
+    num_prompts = len(prompt) if isinstance(prompt, list) and prompt and not is_integer(prompt[0]) else 1
+    num_completions = num_prompts * fields.get("n", 1)
+    if num_completions > bounds.limits.max_completions:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts with n={fields.get('n', 1)} are {num_completions} completions; "
+            f"at most {bounds.limits.max_completions} are taken in one request",
+            field="n" if num_prompts == 1 else "prompt",
+        )
+
+
+def _check_prompt(name: str, value: Any, bounds: RequestBounds) -> None:
+    """A string, token ids, or an array of either; no prompt is empty, and ids are the model's."""
+    if isinstance(value, str):
+        _check_one_prompt(name, value, bounds)
+    elif not isinstance(value, list):
+        raise refuse(name, value, "a string, an array of token ids, or an array of either")
+    elif not value or is_integer(value[0]):
+        _check_one_prompt(name, value, bounds)
+    elif len(value) > bounds.limits.max_completions:
+        raise refuse(name, value, f"an array of at most {bounds.limits.max_completions} prompts")
+    else:
+        for index, prompt in enumerate(value):
+            _check_one_prompt(f"{name}[{index}]", prompt, bounds)
+
+
+def _check_one_prompt(name: str, prompt: Any, bounds: RequestBounds) -> None:
+    if not isinstance(prompt, str | list):
+        raise refuse(name, prompt, "a string or an array of token ids")
+    if not prompt:
+        raise InvalidRequestError(f"{name} is empty; it needs at least one token", field="prompt")
+    if isinstance(prompt, str):
+        return
+    if len(prompt) >= bounds.max_model_len_tokens:
+        raise InvalidRequestError(
+            f"{name} has {len(prompt)} tokens; together with at least one generated token it must fit into "
+            f"the model's context of {bounds.max_model_len_tokens} tokens",
+            field="prompt",
+        )
+    for token_id in prompt:
+        if not is_integer(token_id) or not 0 <= token_id < bounds.vocab_size:
+            raise InvalidRequestError(
+                f"{name} has {token_id!r:.40}; each element must be a token id from 0 to {bounds.vocab_size - 1}",
+                field="prompt",
+            )

@@ -1,0 +1,146 @@
+"""Checks of one value of a JSON request: its type, its range and its size, with the field's name in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvrelay.coordinator.http_limits import RequestBounds
+from kvrelay.errors import InvalidRequestError
+
+Check = Callable[[str, Any, RequestBounds], None]
+"""Called with the field's name, its value, which is not None, and the bounds; raises `InvalidRequestError`."""
+
+_SHOWN_CHARS = 80
+
+
+def refuse(name: str, value: Any, requirement: str) -> InvalidRequestError:
+    """The error for a value that does not meet its requirement; shows the value, cut short."""
+    return InvalidRequestError(f"{name} is {_shown(value)}; it must be {requirement}", field=name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"an array of {len(value)} elements"
+    if isinstance(value, dict):
+        return f"an object of {len(value)} fields"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float) or is_integer(value)
+
+
+def boolean(name: str, value: Any, _: RequestBounds) -> None:
+    if not isinstance(value, bool):
+        raise refuse(name, value, "true or false")
+
+
+def structure(name: str, value: Any, _: RequestBounds) -> None:
+    if not isinstance(value, dict):
+        raise refuse(name, value, "an object")
+
+
+def number(low: float, high: float, *, above_low: bool = False) -> Check:
+    """A number from `low` (or above it) to `high`."""
+    requirement = f"a number above {low:g} and at most {high:g}" if above_low else f"a number from {low:g} to {high:g}"
+
+    def check(name: str, value: Any, _: RequestBounds) -> None:
+        if not is_number(value) or not low <= value <= high or (above_low and value == low):
+            raise refuse(name, value, requirement)
+
+    return check
+
+
+def integer(low: int, high: int | Callable[[RequestBounds], int]) -> Check:
+    """An integer from `low` to `high`, which may depend on the model."""
+
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        most = high if isinstance(high, int) else high(bounds)
+        if not is_integer(value) or not low <= value <= most:
+            raise refuse(name, value, f"an integer from {low} to {most}")
+
+    return check
+
+
+def string(max_chars: int) -> Check:
+    def check(name: str, value: Any, _: RequestBounds) -> None:
+        if not isinstance(value, str) or len(value) > max_chars:
+            raise refuse(name, value, f"a string of at most {max_chars} characters")
+
+    return check
+
+
+def one_of(*choices: str) -> Check:
+    def check(name: str, value: Any, _: RequestBounds) -> None:
+        if value not in choices:
+            raise refuse(name, value, f"one of {', '.join(choices)}")
+
+    return check
+
+
+def array(max_items: Callable[[RequestBounds], int]) -> Check:
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        most = max_items(bounds)
+        if not isinstance(value, list) or len(value) > most:
+            raise refuse(name, value, f"an array of at most {most} elements")
+
+    return check
+
+
+def strings(
+    max_items: Callable[[RequestBounds], int], max_chars: Callable[[RequestBounds], int], *, or_one: bool = False
+) -> Check:
+    """An array of strings that are not empty; `or_one` takes a single string, too."""
+
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        items, chars = max_items(bounds), max_chars(bounds)
+        given = [value] if or_one and isinstance(value, str) else value
+        fits = isinstance(given, list) and len(given) <= items
+        if not fits or not all(isinstance(item, str) and 0 < len(item) <= chars for item in given):
+            raise refuse(name, value, f"at most {items} strings of 1 to {chars} characters")
+
+    return check
+
+
+def token_ids(max_items: Callable[[RequestBounds], int]) -> Check:
+    """An array of ids of the model's vocabulary."""
+
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        items = max_items(bounds)
+        if not isinstance(value, list) or len(value) > items:
+            raise refuse(name, value, f"an array of at most {items} token ids")
+        for token_id in value:
+            if not is_integer(token_id) or not 0 <= token_id < bounds.vocab_size:
+                raise refuse(f"{name}[]", token_id, f"a token id from 0 to {bounds.vocab_size - 1}")
+
+    return check
+
+
+def logit_bias(name: str, value: Any, bounds: RequestBounds) -> None:
+    most = bounds.limits.max_logit_biases
+    if not isinstance(value, dict) or len(value) > most:
+        raise refuse(name, value, f"an object of at most {most} fields")
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < bounds.vocab_size):
+            raise refuse(f"{name} key", key, f"a token id from 0 to {bounds.vocab_size - 1}")
+        if not is_number(bias) or not -100 <= bias <= 100:
+            raise refuse(f"{name}.{key}", bias, "a number from -100 to 100")
+
+
+def check_depth(value: Any, max_depth: int) -> None:
+    """Raises `InvalidRequestError` when arrays and objects are nested more than `max_depth` deep."""
+    level = [value]
+    for _ in range(max_depth + 1):
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for group in children for child in group if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise InvalidRequestError(f"the JSON is nested too deeply; at most {max_depth} levels are taken")

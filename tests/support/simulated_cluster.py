@@ -1,0 +1,113 @@
+"""A coordinator's engine over workers that are real but for their model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import grpc.aio
+
+from kvrelay.coordinator.cluster_engine import ClusterEngine
+from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.worker_pool import WorkerPool
+from kvrelay.decode_worker.runner import DecodeRole
+from kvrelay.engine.simulated import SimulatedEngine
+from kvrelay.engine.simulated_model import SimulatedConfig
+from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer import service as kv_service
+from kvrelay.kv_transfer.service import KvTransferService
+from kvrelay.prefill_worker.runner import PrefillRole
+from kvrelay.tracing import Tracing
+from kvrelay.v1 import cluster_pb2, worker_pb2_grpc
+from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.service import WorkerService
+from tests.support.fake_cluster import until
+
+PREFILL, DECODE = cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE
+
+
+@dataclass(slots=True)
+class SimulatedWorker:
+    info: cluster_pb2.WorkerInfo
+    host: WorkerHost
+
+
+@dataclass(slots=True)
+class SimulatedCluster:
+    engine: ClusterEngine
+    pool: WorkerPool
+    workers: list[SimulatedWorker]
+
+    async def wait_idle(self) -> None:
+        """Until nothing of any request is left on a worker; times out if something stays."""
+        await until(lambda: all(_is_idle(worker) for worker in self.workers))
+
+
+@contextlib.asynccontextmanager
+async def simulated_worker(
+    worker_id: str, role: cluster_pb2.Role.ValueType, model: str, config: SimulatedConfig, tracing: Tracing
+) -> AsyncIterator[SimulatedWorker]:
+    """Host, roles and gRPC server of one worker, without a record in etcd."""
+    async with open_host(SimulatedEngine(config), StoreConfig(size_bytes=16 << 20), tracing) as host:
+        server = grpc.aio.server(options=server_options())
+        info = cluster_pb2.WorkerInfo(
+            worker_id=worker_id,
+            role=role,
+            state=cluster_pb2.WORKER_STATE_READY,
+            model=model,
+            address=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}",
+            layout=host.info.layout,
+            max_model_len_tokens=host.info.max_model_len_tokens,
+            incarnation="1",
+        )
+        prefill, decode = PrefillRole(host, worker_id), DecodeRole(host)
+        service = WorkerService(lambda: info, lambda: host.status(worker_id), prefill, decode)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+        kv_service.add_to_server(KvTransferService(host.receiver), server)
+        await server.start()
+        try:
+            yield SimulatedWorker(info, host)
+        finally:
+            await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def simulated_cluster(
+    front_end: FrontEnd,
+    roles: Sequence[cluster_pb2.Role.ValueType] = (PREFILL, DECODE),
+    *,
+    config: SimulatedConfig | None = None,
+    tracing: Tracing | None = None,
+) -> AsyncIterator[SimulatedCluster]:
+    config = config or SimulatedConfig(time_scale=0.05)
+    tracing = tracing or Tracing()
+    async with contextlib.AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(
+                simulated_worker(f"w{index}", role, front_end.served_model_name, config, tracing)
+            )
+            for index, role in enumerate(roles)
+        ]
+        pool = WorkerPool("coordinator-1")
+        engine = ClusterEngine(front_end, pool, tracing=tracing)
+        await stack.enter_async_context(pool.running(engine))
+        for worker in workers:
+            pool.join(worker.info)
+        await until(lambda: len(pool.workers()) == len(workers))
+        yield SimulatedCluster(engine, pool, workers)
+
+
+def _is_idle(worker: SimulatedWorker) -> bool:
+    status = worker.host.status(worker.info.worker_id)
+    store = status.store
+    return not (
+        status.num_running_requests
+        or status.num_waiting_requests
+        or status.num_queued_prompt_tokens
+        or status.engine_kv_usage
+        or status.num_incoming_transfers
+        or status.num_outgoing_transfers
+        or store.num_pinned
+        or store.num_reserved
+    )
