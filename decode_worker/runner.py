@@ -22,19 +22,17 @@ class DecodeRole:
         work = Work.of(request, "decode")
         try:
             host.validate(request.prompt_token_ids, request.sampling)
-            hasher = host.hasher(request.cache_salt, request.prompt_token_ids)
             transfer = await self._wait_for_blocks(transfer_id, request)
             work.mark("kv_ready")
-            # The engine must compute at least the last token, to sample from it.
-            hits = host.store.match(hasher.hashes[: (hasher.num_tokens - 1) // host.block_size])
-            host.store.pin(hits)
+            hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
         finally:
             host.receiver.let_go(transfer_id)
-        work.timeline.counters["decode.blocks_loaded"] = len(hits)
+        work.timeline.counters["decode.blocks_loaded"] = len(stored.load)
+        work.timeline.counters["decode.tokens_loaded"] = stored.load_tokens
         if transfer is not None:
             work.timeline.counters["kv.received_bytes"] = transfer.received_bytes
             work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
-        submission = await host.submit(work, hasher, load=hits, sink=sink)
+        submission = await host.submit(work, hasher, stored, save_partial=False, sink=sink)
         try:
             await submission.ended.wait()
         finally:

@@ -25,9 +25,11 @@ class Copies:
 class _Request:
     ticket: int
     load: list[int]
+    load_tokens: int
     save: list[int]
     first_save: int
     next_save: int
+    partial_tokens: int
     loaded: bool = False
 
 
@@ -47,29 +49,33 @@ class ConnectorPlan:
         self._copies = Copies()
 
     def add(self, request_id: str, params: dict[str, object]) -> None:
-        """Admit a request; `params` is `{"ticket": int, "load": [slot...], "save": [slot...]}`."""
-        load = _slots(params["load"])
-        ticket = params["ticket"]
-        if not isinstance(ticket, int):
-            raise TypeError(f"ticket {ticket!r} is not an int")
-        first = len(load)
-        self._requests[request_id] = _Request(ticket, load, _slots(params["save"]), first, first)
+        """Admit a request; `params` has the fields of `kvrelay.engine.base.KvPlan`."""
+        first_save = _int(params["first_save"])
+        self._requests[request_id] = _Request(
+            ticket=_int(params["ticket"]),
+            load=_slots(params["load"]),
+            load_tokens=_int(params["load_tokens"]),
+            save=_slots(params["save"]),
+            first_save=first_save,
+            next_save=first_save,
+            partial_tokens=_int(params["partial_tokens"]),
+        )
 
     def matched_tokens(self, request_id: str, num_computed_tokens: int) -> int:
         """Tokens after the first `num_computed_tokens` whose KV can be loaded. Has no side effect."""
         state = self._requests.get(request_id)
         if state is None or state.loaded:
             return 0
-        return max(0, len(state.load) * self._block_size - num_computed_tokens)
+        return max(0, state.load_tokens - num_computed_tokens)
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """The scheduler gave the request engine blocks; load the last `num_external_tokens` of the matched ones."""
         state = self._requests.get(request_id)
         if state is None or state.loaded:
             return
-        end = len(state.load)
-        for i in range(end - num_external_tokens // self._block_size, end):
-            self._copies.loads.append((state.load[i], block_ids[i]))
+        if num_external_tokens:
+            for i in range((state.load_tokens - num_external_tokens) // self._block_size, len(state.load)):
+                self._copies.loads.append((state.load[i], block_ids[i]))
         state.loaded = True
         self._copies.loaded.append(state.ticket)
 
@@ -79,6 +85,9 @@ class ConnectorPlan:
         if state is None:
             return
         end = num_tokens // self._block_size
+        if num_tokens == state.partial_tokens and num_tokens % self._block_size:
+            state.partial_tokens = 0
+            end += 1
         if state.next_save >= end:
             return
         blocks = block_ids()
@@ -111,6 +120,12 @@ class ConnectorPlan:
         """Everything decided since the last call."""
         copies, self._copies = self._copies, Copies()
         return copies
+
+
+def _int(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is not an int")
+    return value
 
 
 def _slots(value: object) -> list[int]:

@@ -28,20 +28,19 @@ class PrefillRole:
         """See `kvrelay.worker.role.PrefillRunner`."""
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
-        hasher = host.hasher(request.cache_salt, request.prompt_token_ids)
-        # The engine must compute at least the last token, to sample from it.
-        hits = host.store.match(hasher.hashes[: (hasher.num_tokens - 1) // host.block_size])
-        host.store.pin(hits)
+        hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
         with host.tracing.start_span("kv.push", request.trace) as span:
-            push = _Outgoing(self._push(request, hasher.hashes, span), len(hasher.hashes))
+            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes))
             try:
-                host.store.pin(hits)
-                for block, slot in enumerate(hits):
+                host.store.pin(stored.present)
+                for block, slot in enumerate(stored.present):
                     push.add(block, slot)
                 async with asyncio.TaskGroup() as tasks:
                     pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
                     work = Work.of(request, "prefill")
-                    submission = await host.submit(work, hasher, load=hits, sink=sink, on_block=push.add)
+                    submission = await host.submit(
+                        work, hasher, stored, save_partial=True, sink=sink, on_block=push.add
+                    )
                     await self._until_closed(submission)
                     push.push.finish()  # Blocks that the store had no room for do not come.
                     await pushing

@@ -36,12 +36,21 @@ class BlockHasher:
     """
 
     def __init__(self, layout: cluster_pb2.KvLayout, cache_salt: str, token_ids: Iterable[int] = ()) -> None:
-        self._block_size = layout.block_size_tokens
+        self.block_size = layout.block_size_tokens
         self._last = sha256(layout.fingerprint + cache_salt.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
         self._open: list[int] = []
         self.hashes: list[bytes] = []
         self.num_tokens = 0
         self.append(token_ids)
+
+    def partial_hash(self) -> bytes | None:
+        """Name of the block that the last tokens do not fill; None when they end with a block."""
+        return _next_hash(self._last, self._open) if self._open else None
+
+    def all_hashes(self) -> list[bytes]:
+        """Names of all blocks that hold the tokens so far, the last one full or not."""
+        partial = self.partial_hash()
+        return [*self.hashes] if partial is None else [*self.hashes, partial]
 
     def append(self, token_ids: Iterable[int]) -> None:
         """Add tokens; `hashes` grows by one for each block that they complete."""
@@ -49,7 +58,7 @@ class BlockHasher:
         before = len(pending)
         pending.extend(token_ids)
         self.num_tokens += len(pending) - before
-        size = self._block_size
+        size = self.block_size
         full = len(pending) // size
         for i in range(full):
             self._last = _next_hash(self._last, pending[i * size : (i + 1) * size])

@@ -26,14 +26,21 @@ class EngineInfo:
 class KvPlan:
     """Where the KV blocks of one request come from and go to, as slots of the host block store.
 
-    Block `i` of the prompt is loaded from `load[i]`; block `len(load) + j` is saved to `save[j]` once
-    computed. Blocks after those are saved to granted slots, as long as there are any.
+    The first `load_tokens` tokens of the prompt are loaded: block `i` from `load[i]`, of the last one as much as counts.
+    Block `first_save + j` is saved to `save[j]` once it is full. Full blocks after those are saved to granted slots, as
+    long as there are any. With `partial_tokens` the last slot of `save` takes the block that is not full when so many
+    tokens are computed.
     """
 
     ticket: int
     """Names this submission in every `KvReport`; below 2**32, not re-used while the worker lives."""
     load: Sequence[int] = ()
+    load_tokens: int = 0
+    """Less than the prompt: the engine computes at least one token, to sample from it."""
+    first_save: int = 0
     save: Sequence[int] = ()
+    partial_tokens: int = 0
+    """0: blocks that are not full are not saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

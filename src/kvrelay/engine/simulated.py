@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvReport, KvReportKind
 from kvrelay.engine.simulated_batch import Batch, SequenceState, Work
-from kvrelay.engine.simulated_model import SimulatedConfig, block_content, check_block, next_token
+from kvrelay.engine.simulated_model import SimulatedConfig, TokenChain, block_content, check_block, next_token
 from kvrelay.engine.simulated_output import Sampled, to_delta
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.v1 import common_pb2
@@ -122,10 +122,12 @@ class SimulatedEngine(Engine):
 
     def _load(self, sequence: SequenceState) -> None:
         assert self._segment is not None
-        slots = sequence.request.kv.load
-        for block in range(sequence.num_loadable_blocks):
-            digest = sequence.chain.block_digests[block]
-            check_block(self._config, digest, block, slots[block], bytes(self._segment.slot_view(slots[block])))
+        digests = sequence.chain.block_digests
+        last = [TokenChain(self._config, sequence.request.prompt_token_ids[:-1]).digest(), sequence.chain.digest()]
+        for block, slot in enumerate(sequence.request.kv.load):
+            # A block that the prompt does not fill was stored under the tokens it had.
+            valid = digests[block : block + 1] + (last if block >= len(digests) - 1 else [])
+            check_block(self._config, valid, block, slot, bytes(self._segment.slot_view(slot)))
         self._reports.append(KvReport(KvReportKind.LOADED, sequence.request.kv.ticket))
 
     def _save(self, sequence: SequenceState) -> None:
@@ -135,10 +137,14 @@ class SimulatedEngine(Engine):
         """
         assert self._segment is not None
         kv = sequence.request.kv
-        num_complete = sequence.num_computed_tokens // self._config.block_size_tokens
+        num_complete, rest = divmod(sequence.num_computed_tokens, self._config.block_size_tokens)
+        digests = sequence.chain.block_digests
+        if rest and sequence.num_computed_tokens == kv.partial_tokens:
+            num_complete += 1
+            digests = [*digests, sequence.chain.digest()]
         while sequence.saving and sequence.num_saved_blocks < num_complete:
             block = sequence.num_saved_blocks
-            index = block - len(kv.load)
+            index = block - kv.first_save
             if index < len(kv.save):
                 slot = kv.save[index]
             elif self._granted:
@@ -146,7 +152,7 @@ class SimulatedEngine(Engine):
             else:
                 sequence.saving = False
                 break
-            self._segment.slot_view(slot)[:] = block_content(self._config, sequence.chain.block_digests[block], block)
+            self._segment.slot_view(slot)[:] = block_content(self._config, digests[block], block)
             self._reports.append(KvReport(KvReportKind.SAVED, kv.ticket, block, slot))
             sequence.num_saved_blocks += 1
 

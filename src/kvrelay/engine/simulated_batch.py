@@ -19,8 +19,6 @@ class SequenceState:
     order: tuple[int, int]
     """Priority, then arrival: the smallest is served first."""
     num_prompt_tokens: int
-    num_loadable_blocks: int
-    """Blocks to take from slots at the first admission; at least one prompt token is always computed."""
     num_tokens: int
     """Prompt and generated."""
     output_token_ids: list[int] = field(default_factory=list)
@@ -85,9 +83,8 @@ class Batch:
             chain=TokenChain(self._config, request.prompt_token_ids),
             order=(request.priority, self._num_added),
             num_prompt_tokens=num_tokens,
-            num_loadable_blocks=min(len(request.kv.load), (num_tokens - 1) // self._config.block_size_tokens),
             num_tokens=num_tokens,
-            num_saved_blocks=len(request.kv.load),
+            num_saved_blocks=request.kv.first_save,
         )
         self._num_added += 1
         bisect.insort(self._waiting, sequence, key=_order)
@@ -127,7 +124,7 @@ class Batch:
 
     def _admit(self, sequence: SequenceState, budget: int) -> Work | None:
         load = not sequence.loaded and len(sequence.request.kv.load) > 0
-        num_loaded = sequence.num_loadable_blocks * self._config.block_size_tokens if load else 0
+        num_loaded = sequence.request.kv.load_tokens if load else 0
         num_tokens = min(budget, sequence.num_tokens - num_loaded)
         if not self._grow(sequence, num_loaded + num_tokens):
             return None

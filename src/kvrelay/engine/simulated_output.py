@@ -35,7 +35,7 @@ def to_delta(config: SimulatedConfig, sequence: SequenceState, sampled: Sampled)
         rows = [(sampled.digest, sampled.token_id)]
         delta.logprobs.CopyFrom(_logprobs(config, rows, sampling.logprobs))
     if len(sequence.output_token_ids) == 1:
-        delta.num_cached_tokens = sequence.num_loadable_blocks * config.block_size_tokens
+        delta.num_cached_tokens = sequence.request.kv.load_tokens
         if sampling.HasField("prompt_logprobs"):
             rows = _prompt_rows(config, sequence.request.prompt_token_ids)
             delta.prompt_logprobs.CopyFrom(_logprobs(config, rows, sampling.prompt_logprobs))

@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from vllm import AsyncEngineArgs
 from vllm.config import KVTransferConfig, VllmConfig
@@ -111,8 +111,7 @@ class VllmEngine(Engine):
 
     async def submit(self, request: EngineRequest) -> None:
         params = sampling.to_vllm(request.sampling)
-        plan = {"ticket": request.kv.ticket, "load": list(request.kv.load), "save": list(request.kv.save)}
-        params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": plan}
+        params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": asdict(request.kv)}
         await self._core.add_request_async(
             EngineCoreRequest(
                 request_id=request.request_id,

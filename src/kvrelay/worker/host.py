@@ -18,6 +18,7 @@ from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.worker.stored_prompt import StoredPrompt, look_up
 from kvrelay.worker.submission import BlockHandler, Sink, Submission
 from kvrelay.worker.work import Work
 
@@ -58,9 +59,12 @@ class WorkerHost:
         self._num_granted = 0
         self._queued_tokens = 0
 
-    def hasher(self, cache_salt: str, token_ids: Sequence[int]) -> BlockHasher:
-        """Block hashes of a sequence in this worker's layout."""
-        return BlockHasher(self.info.layout, cache_salt, token_ids)
+    def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
+        """The hashes of a prompt and what the store has of it, pinned once."""
+        hasher = BlockHasher(self.info.layout, cache_salt, prompt_token_ids[:-1])
+        stored = look_up(self.store, hasher, prompt_token_ids[-1])
+        self.store.pin(stored.load)
+        return hasher, stored
 
     def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
         """Refuse what could harm the engine. Raises `InvalidRequestError`.
@@ -81,24 +85,53 @@ class WorkerHost:
             raise InvalidRequestError("max_tokens is 0; at least one token is generated", field="max_tokens")
 
     async def submit(
-        self, work: Work, hasher: BlockHasher, *, load: Sequence[int], sink: Sink, on_block: BlockHandler | None = None
+        self,
+        work: Work,
+        hasher: BlockHasher,
+        stored: StoredPrompt,
+        *,
+        save_partial: bool,
+        sink: Sink,
+        on_block: BlockHandler | None = None,
     ) -> Submission:
-        """Hand a request to the engine. `load` are pinned slots of its first blocks; the pins pass over."""
-        num_full = len(hasher.hashes)
-        save = self.store.reserve(num_full - len(load))
+        """Hand a request to the engine. `stored.load` is pinned, and these pins pass over.
+
+        With `save_partial` the prompt's last block is stored although it is not full.
+        """
+        num_full = hasher.num_tokens // self.block_size
+        names = stored.hashes if save_partial else stored.hashes[:num_full]
+        first_save = min(len(stored.present), len(names))
+        save = self.store.reserve(len(names) - first_save)
+        saving = {first_save + i: slot for i, slot in enumerate(save)}
+        plan = KvPlan(
+            ticket=next(self._tickets),
+            load=stored.load,
+            load_tokens=stored.load_tokens,
+            first_save=first_save,
+            save=save,
+            partial_tokens=hasher.num_tokens if num_full in saving else 0,
+        )
         submission = Submission(
-            next(self._tickets), work, self.store, hasher, load=load, save=save, sink=sink, on_block=on_block
+            plan.ticket,
+            work,
+            self.store,
+            hasher,
+            load=stored.load,
+            saving=saving,
+            names=names,
+            sink=sink,
+            on_block=on_block,
         )
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
         self._queued_tokens += submission.num_prompt_tokens
-        self.counters["prompt_blocks_loaded"] += len(load)
+        self.counters["prompt_blocks_loaded"] += len(stored.load)
         self.counters["requests"] += 1
         request = EngineRequest(
             request_id=submission.engine_request_id,
             prompt_token_ids=work.prompt_token_ids,
             sampling=work.sampling,
-            kv=KvPlan(ticket=submission.ticket, load=load, save=save),
+            kv=plan,
             cache_salt=work.cache_salt,
             priority=work.priority,
         )

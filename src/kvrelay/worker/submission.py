@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.kv_transfer.block_store import BlockStore
@@ -18,7 +18,7 @@ BlockHandler = Callable[[int, int], None]
 class Submission:
     """One request in the engine: its tokens, and the slots that it reads and writes.
 
-    Owns a pin on each slot of `load` until the engine has read it, and each slot of `save` until the block in it is
+    Owns a pin on each slot of `load` until the engine has read it, and each slot of `saving` until the block in it is
     complete. A block whose tokens are not all known yet waits for them: its name depends on them. When both the
     tokens have ended (`end`) and the engine is done with the slots (`close`), nothing is held any more.
     """
@@ -31,10 +31,12 @@ class Submission:
         hasher: BlockHasher,
         *,
         load: Sequence[int],
-        save: Sequence[int],
+        saving: Mapping[int, int],
+        names: Sequence[bytes],
         sink: Sink,
         on_block: BlockHandler | None = None,
     ) -> None:
+        """`saving`: reserved slots by block; `names`: the hashes that the prompt's blocks are stored under."""
         self.ticket = ticket
         self.work = work
         self.engine_request_id = f"{work.request_id}.{ticket}"
@@ -46,7 +48,8 @@ class Submission:
         self._store = store
         self._hasher = hasher
         self._loading = list(load)
-        self._saving = {len(load) + i: slot for i, slot in enumerate(save)}
+        self._saving = dict(saving)
+        self._names = names
         self._unnamed: dict[int, int] = {}
         self._sink = sink
         self._on_block = on_block
@@ -60,8 +63,10 @@ class Submission:
     def saved(self, block: int, slot: int) -> None:
         """Block `block` is complete in `slot`."""
         self._saving.pop(block, None)
-        if block < len(self._hasher.hashes):
-            self._name(block, slot)
+        if block < len(self._names):
+            self._store_block(block, slot, self._names[block])
+        elif block < len(self._hasher.hashes):
+            self._store_block(block, slot, self._hasher.hashes[block])
         else:
             self._unnamed[block] = slot
 
@@ -70,7 +75,7 @@ class Submission:
         delta.request_id = self.work.request_id
         self._hasher.append(delta.token_ids)
         for block in [block for block in self._unnamed if block < len(self._hasher.hashes)]:
-            self._name(block, self._unnamed.pop(block))
+            self._store_block(block, self._unnamed.pop(block), self._hasher.hashes[block])
         for event in delta.timeline.events:
             self.work.mark(event.name, event.unix_ns)
         delta.ClearField("timeline")
@@ -100,8 +105,8 @@ class Submission:
             self._store.release(self._unnamed.values())
             self._unnamed.clear()
 
-    def _name(self, block: int, slot: int) -> None:
-        slot = self._store.commit(slot, self._hasher.hashes[block])
+    def _store_block(self, block: int, slot: int, name: bytes) -> None:
+        slot = self._store.commit(slot, name)
         if self._on_block is None:
             self._store.unpin([slot])
         else:

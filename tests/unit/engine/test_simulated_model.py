@@ -66,10 +66,10 @@ def test_block_contents_differ_by_tokens_place_and_layer() -> None:
 def test_a_wrong_block_is_named_with_its_first_wrong_layer() -> None:
     digest = TokenChain(CONFIG, range(4)).block_digests[0]
     content = bytearray(block_content(CONFIG, digest, 0))
-    check_block(CONFIG, digest, 0, 9, bytes(content))
+    check_block(CONFIG, [digest], 0, 9, bytes(content))
     content[CONFIG.layer_bytes + 1] ^= 1
     with pytest.raises(KvContentError, match=r"slot 9 does not hold KV block 0 .* layer: 1"):
-        check_block(CONFIG, digest, 0, 9, bytes(content))
+        check_block(CONFIG, [digest], 0, 9, bytes(content))
 
 
 def test_log_probabilities_start_with_the_chosen_token_and_fall() -> None:
@@ -84,7 +84,7 @@ def test_log_probabilities_start_with_the_chosen_token_and_fall() -> None:
     [
         ({"dtype": "int4"}, "dtype 'int4' is unknown"),
         ({"num_engine_blocks": 3}, "cannot hold one request"),
-        ({"eos_token_id": 1000}, "outside the vocabulary"),
+        ({"eos_token_id": 49_152}, "outside the vocabulary"),
         ({"head_elements": 1, "num_kv_heads": 1, "block_size_tokens": 1, "num_engine_blocks": 9999}, "multiple of 32"),
     ],
 )
