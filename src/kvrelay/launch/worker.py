@@ -18,14 +18,12 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvrelay import __version__, grpc_options, logs
+from kvrelay import __version__, etcd, grpc_options, logs, membership
 from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.base import Engine, EngineDeadError, EngineInfo
-from kvrelay.etcd.client import EtcdClient
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.launch.engines import EngineChoice, make_engine
-from kvrelay.membership import Registration, worker_key
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing, configure_tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
@@ -127,9 +125,8 @@ async def _server(
 
 @contextlib.asynccontextmanager
 async def _membership(config: WorkerConfig, info: cluster_pb2.WorkerInfo) -> AsyncIterator[None]:
-    async with EtcdClient(config.etcd) as etcd, Registration(
-        etcd, worker_key(config.cluster, info.worker_id), info.SerializeToString()
-    ):
+    key = membership.worker_key(config.cluster, info.worker_id)
+    async with etcd.connect(etcd.EtcdConfig(endpoints=config.etcd)) as client, membership.register(client, key, info):
         yield
 
 
