@@ -39,11 +39,20 @@ class Rig:
         *,
         load: Sequence[int] = (),
         save: Sequence[int] = (),
+        partial_tokens: int = 0,
         **sampling: object,
     ) -> int:
         self.num_tickets += 1
         params = common_pb2.SamplingParams(**sampling)  # type: ignore[arg-type]
-        plan = KvPlan(ticket=self.num_tickets, load=load, save=save)
+        load_tokens = min(len(load) * self.config.block_size_tokens, len(prompt) - 1)
+        plan = KvPlan(
+            ticket=self.num_tickets,
+            load=load,
+            load_tokens=load_tokens,
+            first_save=len(load),
+            save=save,
+            partial_tokens=partial_tokens,
+        )
         await self.engine.submit(
             EngineRequest(request_id=request_id, prompt_token_ids=prompt, sampling=params, kv=plan)
         )
@@ -129,13 +138,33 @@ async def test_loaded_blocks_are_not_computed_and_the_answer_is_the_same(rig: Ri
     assert rig.now - before == pytest.approx(one_prefill + 3 * CONFIG.step_s(0, 1, any_decode=True))
 
 
-async def test_a_prompt_that_is_stored_whole_still_computes_its_last_block(rig: Rig) -> None:
+async def test_a_prompt_that_is_stored_whole_still_computes_its_last_token(rig: Rig) -> None:
     await rig.submit("p", range(8), save=[0, 1], max_tokens=1)
     await rig.run()
     await rig.submit("d", range(8), load=[0, 1], max_tokens=1)
     await rig.run()
-    assert rig.deltas[-1].num_cached_tokens == 4
+    assert rig.deltas[-1].num_cached_tokens == 7
     assert rig.tokens("d") == rig.tokens("p")
+
+
+async def test_a_block_that_is_not_full_is_handed_over_too(rig: Rig) -> None:
+    ticket = await rig.submit("p", range(10), save=[0, 1, 2], partial_tokens=10, max_tokens=1)
+    await rig.run()
+    assert rig.of(SAVED) == [KvReport(SAVED, ticket, block, block) for block in range(3)]
+    await rig.submit("exact", [*range(10), *rig.tokens("p")], load=[0, 1, 2], max_tokens=4)
+    await rig.submit("again", range(10), load=[0, 1, 2], max_tokens=1)
+    await rig.run()
+    assert rig.tokens("p") + rig.tokens("exact") == expected_tokens(range(10), 5, CONFIG)
+    assert rig.tokens("again") == rig.tokens("p")
+    assert {delta.num_cached_tokens for delta in rig.deltas if delta.HasField("num_cached_tokens")} == {0, 10, 9}
+
+
+async def test_a_block_that_is_not_full_must_hold_the_right_tokens(rig: Rig) -> None:
+    await rig.submit("p", range(10), save=[0, 1, 2], partial_tokens=10, max_tokens=1)
+    await rig.run()
+    await rig.submit("d", [*range(9), 77, 78], load=[0, 1, 2], max_tokens=1)
+    with pytest.raises(KvContentError, match="slot 2 does not hold KV block 2"):
+        await rig.run()
 
 
 async def test_a_wrong_block_kills_the_engine_loudly(rig: Rig) -> None:
