@@ -101,7 +101,7 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
     elif is_chat(prompt):
-        request.chat.CopyFrom(chat(cast(Messages, prompt)))
+        request.chat.CopyFrom(chat(cast("Messages", prompt)))
     else:
         request.token_ids.SetInParent()
         _set(request.token_ids, "ids", prompt, shown_as="prompt")

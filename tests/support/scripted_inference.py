@@ -24,6 +24,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self.responses: list[inference_pb2.GenerateResponse] = []
         self.hang = False
         self.error: tuple[grpc.StatusCode, str] | None = None
+        self.num_calls_before_error = 0
         self.requests: list[Any] = []
         self.metadata: dict[str, str | bytes] = {}
         self.cancelled = threading.Event()
@@ -70,7 +71,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         if request is not None:
             self.requests.append(request)
             self.metadata = dict(context.invocation_metadata() or ())
-        if fail and self.error is not None:
+        if fail and self.error is not None and len(self.requests) > self.num_calls_before_error:
             await context.abort(*self.error)
 
 

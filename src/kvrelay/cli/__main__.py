@@ -1,0 +1,5 @@
+"""`python -m kvrelay.cli` is the `kvrelay` command."""
+
+from kvrelay.cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""The options that several process commands share, each described once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from kvrelay.cli.parsing import Address, Addresses, parse_address, parse_addresses, parse_size
+
+
+class EngineKind(StrEnum):
+    """What computes."""
+
+    VLLM = "vllm"
+    SIMULATED = "simulated"
+
+
+class LogFormat(StrEnum):
+    """For people, or for machines."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """From the most to the least talkative."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+HTTP = Address("127.0.0.1", 8000)
+GRPC = Address("127.0.0.1", 8001)
+KV_HOST_BYTES = 2 << 30
+
+CLUSTER = "The cluster"
+MODEL = "The model"
+NETWORK = "The network"
+OBSERVE = "Seeing it"
+
+EtcdOption = Annotated[
+    Addresses,
+    typer.Option(
+        "--etcd",
+        parser=parse_addresses,
+        metavar="HOST:PORT[,HOST:PORT]",
+        envvar="KVRELAY_ETCD",
+        rich_help_panel=CLUSTER,
+        help="The cluster's etcd, all members with commas between them.",
+    ),
+]
+OptionalEtcdOption = Annotated[
+    Addresses | None,
+    typer.Option(
+        "--etcd",
+        parser=parse_addresses,
+        metavar="HOST:PORT[,HOST:PORT]",
+        envvar="KVRELAY_ETCD",
+        rich_help_panel=CLUSTER,
+        help="Use this etcd instead of starting one.",
+    ),
+]
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", rich_help_panel=CLUSTER, help="Clusters of different names share an etcd unseen.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="PATH|ID",
+        rich_help_panel=MODEL,
+        help="A folder in Hugging Face format or a hub id. Default: SmolLM2-135M-Instruct, prepared on first use.",
+    ),
+]
+ServedNameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--served-model-name",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+        help="What clients call the model. Default: the folder's name or the hub id.",
+    ),
+]
+EngineOption = Annotated[
+    EngineKind,
+    typer.Option("--engine", rich_help_panel=MODEL, help="simulated computes nothing: for tests of the rest."),
+]
+KvHostBytesOption = Annotated[
+    int,
+    typer.Option(
+        "--kv-host-bytes",
+        parser=parse_size,
+        metavar="SIZE",
+        show_default="2GiB",
+        rich_help_panel=MODEL,
+        help="Host memory for KV blocks, of each worker.",
+    ),
+]
+EngineArgsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="-- ENGINE OPTIONS", help="Options of vLLM's engine, as `vllm serve` has them."),
+]
+ListenOption = Annotated[
+    Address,
+    typer.Option(
+        "--listen", parser=parse_address, metavar="HOST:PORT", rich_help_panel=NETWORK, help="Port 0 takes a free one."
+    ),
+]
+AdvertiseOption = Annotated[
+    Address | None,
+    typer.Option(
+        "--advertise",
+        parser=parse_address,
+        metavar="HOST:PORT",
+        rich_help_panel=NETWORK,
+        help="Where the others reach this worker. Default: --listen, which must then name a host.",
+    ),
+]
+WorkerIdOption = Annotated[
+    str | None,
+    typer.Option("--worker-id", metavar="ID", rich_help_panel=CLUSTER, help="Default: role, host name and a number."),
+]
+HttpOption = Annotated[
+    Address,
+    typer.Option(
+        "--http",
+        parser=parse_address,
+        metavar="HOST:PORT",
+        rich_help_panel=NETWORK,
+        help="Where the OpenAI API listens.",
+    ),
+]
+GrpcOption = Annotated[
+    Address,
+    typer.Option(
+        "--grpc", parser=parse_address, metavar="HOST:PORT", rich_help_panel=NETWORK, help="Where the gRPC API listens."
+    ),
+]
+OtlpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp",
+        metavar="URL",
+        envvar="KVRELAY_OTLP",
+        rich_help_panel=OBSERVE,
+        help="Send traces to this OTLP gRPC receiver, for example http://localhost:4317. Default: no tracing.",
+    ),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option("--log-format", envvar="KVRELAY_LOG_FORMAT", rich_help_panel=OBSERVE, help="How log lines look."),
+]
+LogLevelOption = Annotated[
+    LogLevel,
+    typer.Option("--log-level", envvar="KVRELAY_LOG_LEVEL", rich_help_panel=OBSERVE, help="The least that is logged."),
+]
