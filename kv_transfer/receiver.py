@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
 MAX_OFFERED_BLOCKS = 1 << 20
+_MAX_REMEMBERED = 1 << 14
+"""Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
 
 
 class OfferError(ValueError):
@@ -49,9 +52,9 @@ class Transfer:
 class Receiver:
     """All transfers into one worker's store. Belongs to the worker's event loop.
 
-    Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until the hold time is
-    over: what a lost cancel leaves behind frees itself (`expire`). A block that is complete is a cache entry like
-    any other, whatever becomes of its transfer.
+    Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nothing has come
+    and nobody has waited for the hold time: what a lost cancel leaves behind frees itself (`expire`). A block that is
+    complete is a cache entry like any other, whatever becomes of its transfer.
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class Receiver:
         self._transfers: dict[int, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
         self._waiters: dict[str, list[asyncio.Event]] = {}
+        self._over: OrderedDict[str, None] = OrderedDict()
         self._all_layers = (1 << layout.num_layers) - 1
 
     def offer(self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes) -> tuple[int, list[int]]:
         """Reserve slots for what is missing; returns the transfer's id and the indices of the wanted blocks.
 
-        Fewer blocks than are missing are wanted when the store is full. Raises `OfferError`.
+        Fewer blocks than are missing are wanted when the store is full, and none for a request that is over or has
+        started without them. Raises `OfferError`.
         """
         if layout.fingerprint != self._layout.fingerprint:
             raise LayoutMismatchError(
@@ -89,6 +94,8 @@ class Receiver:
                 f"block_hashes has {len(block_hashes)} bytes; 16 for each of 1..{MAX_OFFERED_BLOCKS} blocks"
             )
         self.cancel(request_id)
+        if request_id in self._over:
+            return self._new_id(), []
         hashes = [block_hashes[i : i + 16] for i in range(0, len(block_hashes), 16)]
         transfer = Transfer(self._new_id(), request_id, hashes, self._clock() + self._hold_s)
         missing = []
@@ -123,6 +130,7 @@ class Receiver:
             self._place_block(transfer, header.first_block + i, offset, bits, payload[i * part : (i + 1) * part])
         transfer.received_bytes += len(payload)
         transfer.last_frame_unix_ns = time.time_ns()
+        transfer.deadline_s = self._clock() + self._hold_s
         if not transfer.slots:
             self._settle(transfer)
         return FrameAck.STATUS_STORED
@@ -162,9 +170,12 @@ class Receiver:
         return num_missing
 
     async def wait_settled(self, request_id: str, timeout_s: float) -> Transfer | None:
-        """Until the request's transfer is complete or committed, or for `timeout_s`; its state by then."""
+        """Until the request's transfer is complete or committed, or for `timeout_s`; its state by then.
+
+        Of the requests that share a transfer, those that come when it was let go of do not wait.
+        """
         transfer = self._by_request.get(request_id)
-        if transfer is not None and transfer.settled:
+        if request_id in self._over or (transfer is not None and transfer.settled):
             return transfer
         event = asyncio.Event()
         self._waiters.setdefault(request_id, []).append(event)
@@ -189,15 +200,24 @@ class Receiver:
         self._store.unpin(transfer.pinned)
 
     def let_go(self, request_id: str) -> None:
-        """A request that has its own pins, or is over, does not need the transfer; others that wait for it may."""
+        """A request that has its own pins, or is over, does not need the transfer; others that wait for it may.
+
+        An offer that comes later is not taken.
+        """
         transfer = self._by_request.get(request_id)
-        if transfer is not None and (transfer.settled or request_id not in self._waiters):
-            self.cancel(request_id)
+        if request_id in self._waiters and (transfer is None or not transfer.settled):
+            return
+        self.cancel(request_id)
+        self._over[request_id] = None
+        if len(self._over) > _MAX_REMEMBERED:
+            self._over.popitem(last=False)
 
     def expire(self) -> int:
-        """Cancel what nobody has asked for within the hold time; returns how many."""
+        """Cancel what nobody has fed or waited for within the hold time; returns how many."""
         now = self._clock()
-        late = [t.request_id for t in self._transfers.values() if t.deadline_s < now]
+        late = [
+            t.request_id for t in self._transfers.values() if t.deadline_s < now and t.request_id not in self._waiters
+        ]
         for request_id in late:
             self.cancel(request_id)
         return len(late)

@@ -44,6 +44,7 @@ class Push:
         self._unpin = unpin
         self._held: dict[int, int] = {}
         self._ready: asyncio.Queue[int | None] = asyncio.Queue()
+        self._to_resend: list[int] = []
         self._resent: set[int] = set()
         self._progress = asyncio.Event()
         self._over = False
@@ -96,10 +97,11 @@ class Push:
                     await self._send(want.transfer_id, run)
             while self._held and not self._over:
                 self._progress.clear()
+                resend, self._to_resend = self._to_resend, []
+                for run in self._frames(resend):
+                    await self._send(want.transfer_id, run)
                 async with asyncio.timeout(_ACK_TIMEOUT_S):
                     await self._progress.wait()
-                for block in sorted(self._resent & self._held.keys()):
-                    await self._send(want.transfer_id, [block])
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
 
     async def _next_blocks(self) -> tuple[list[int], bool]:
@@ -144,6 +146,7 @@ class Push:
                 self._drop(block)
         elif ack.status == FrameAck.STATUS_CORRUPT and not self._resent & set(run):
             self._resent.update(run)
+            self._to_resend.extend(run)
             self.result.num_resent_frames += 1
         else:
             self._end(f"{self._peer.address} answered {FrameAck.Status.Name(ack.status)}")
@@ -151,7 +154,6 @@ class Push:
 
     def _drop(self, block: int) -> None:
         slot = self._held.pop(block, None)
-        self._resent.discard(block)
         if slot is not None:
             self._unpin([slot])
 

@@ -71,7 +71,7 @@ def test_a_damaged_frame_is_refused_or_read_as_protobuf_reads_it(
         expected = Frame.FromString(bytes(damaged))
     except DecodeError:
         pytest.fail(f"protobuf does not read {damaged.hex()}")
-    expected.DiscardUnknownFields()  # type: ignore[attr-defined]
+    expected.DiscardUnknownFields()
     assert message(decoded, bytes(view)) == expected
 
 

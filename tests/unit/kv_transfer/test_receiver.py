@@ -1,0 +1,375 @@
+"""The receiver places what it asked for, refuses the rest, tells who waits, and at the end holds nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from kvrelay.block_hash import layout_fingerprint
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver, Transfer
+from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.wire import FrameHeader, checksum
+from kvrelay.v1 import cluster_pb2
+from kvrelay.v1.kv_transfer_pb2 import FrameAck
+
+LAYERS, LAYER_BYTES, NUM_SLOTS = 2, 8, 6
+SLOT_BYTES = LAYERS * LAYER_BYTES
+HOLD_S = 60.0
+STORED, CORRUPT = FrameAck.STATUS_STORED, FrameAck.STATUS_CORRUPT
+STALE, REFUSED = FrameAck.STATUS_STALE, FrameAck.STATUS_REFUSED
+
+
+def make_layout(**changes: int) -> cluster_pb2.KvLayout:
+    values = {"num_layers": LAYERS, "num_kv_heads": 1, "head_elements": 1, "block_size_tokens": 4, **changes}
+    layout = cluster_pb2.KvLayout(model="m", dtype="bfloat16")
+    for name, value in values.items():
+        setattr(layout, name, value)
+    layout.fingerprint = layout_fingerprint(layout)
+    return layout
+
+
+LAYOUT = make_layout()
+
+
+def name(i: int) -> bytes:
+    return bytes([i]) * 16
+
+
+def content(i: int, layer: int | None = None) -> bytes:
+    whole = bytes([i, 0]) * (LAYER_BYTES // 2) + bytes([i, 1]) * (LAYER_BYTES // 2)
+    return whole if layer is None else whole[layer * LAYER_BYTES : (layer + 1) * LAYER_BYTES]
+
+
+class Rig:
+    """A receiver under a fake clock, whose blocks are the numbers 0, 1, 2, ..."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.now = 0.0
+        self.segment = segment
+        self.store = BlockStore(segment.num_slots)
+        self.receiver = Receiver(self.store, segment, LAYOUT, hold_s=HOLD_S, clock=lambda: self.now)
+
+    def offer(self, request_id: str, blocks: list[int]) -> tuple[int, list[int]]:
+        return self.receiver.offer(request_id, LAYOUT, b"".join(map(name, blocks)))
+
+    def place(
+        self, transfer_id: int, first_block: int, payload: bytes, *, layers: tuple[int, int] = (0, LAYERS)
+    ) -> int:
+        num_blocks = len(payload) // (layers[1] * LAYER_BYTES)
+        header = FrameHeader(transfer_id, first_block, num_blocks, *layers, checksum([payload]))
+        return self.receiver.place(header, memoryview(payload))
+
+    def assert_stored(self, *blocks: int) -> None:
+        """Exactly these blocks are found under their hashes, with their content."""
+        for block in range(20):
+            slot = self.store.find(name(block))
+            assert (slot is not None) == (block in blocks), f"block {block} in slot {slot}"
+            if slot is not None:
+                assert bytes(self.segment.slot_view(slot)) == content(block)
+
+    def assert_idle(self) -> None:
+        usage = self.store.usage()
+        assert (usage.num_reserved, usage.num_pinned, self.receiver.num_transfers) == (0, 0, 0)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    segment = Segment.create(HEADER_BYTES + NUM_SLOTS * SLOT_BYTES)
+    segment.configure(SLOT_BYTES)
+    rig = Rig(segment)
+    yield rig
+    rig.now += 10 * HOLD_S
+    rig.receiver.expire()
+    rig.assert_idle()
+    segment.close()
+
+
+async def waiting(rig: Rig, request_id: str, timeout_s: float = 30.0) -> asyncio.Task[Transfer | None]:
+    """A task that has begun to wait."""
+    task = asyncio.create_task(rig.receiver.wait_settled(request_id, timeout_s))
+    await asyncio.sleep(0)
+    return task
+
+
+def test_runs_of_blocks_are_placed_and_kept_until_let_go(rig: Rig) -> None:
+    transfer_id, wanted = rig.offer("r", [0, 1, 2])
+    assert wanted == [0, 1, 2]
+    assert rig.place(transfer_id, 1, content(1) + content(2)) == STORED
+    rig.assert_stored(1, 2)
+    assert rig.place(transfer_id, 0, content(0)) == STORED
+    rig.assert_stored(0, 1, 2)
+    assert rig.store.usage().num_pinned == 3
+    assert rig.receiver.commit(transfer_id) == 0
+    rig.receiver.let_go("r")
+    rig.assert_idle()
+    rig.assert_stored(0, 1, 2)
+
+
+def test_only_what_is_missing_is_wanted(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("a", [0, 1])
+    rig.place(transfer_id, 0, content(0) + content(1))
+    rig.receiver.let_go("a")
+    transfer_id, wanted = rig.offer("b", [0, 5, 1, 6])
+    assert wanted == [1, 3]
+    assert rig.store.usage().num_pinned == 2, "what is here must not leave before the rest comes"
+    assert rig.place(transfer_id, 3, content(6)) == STORED
+    assert rig.place(transfer_id, 1, content(5)) == STORED
+    rig.assert_stored(0, 1, 5, 6)
+
+
+async def test_an_offer_of_known_blocks_is_settled_at_once(rig: Rig) -> None:
+    for request_id in ("a", "b"):
+        transfer_id, wanted = rig.offer(request_id, [0])
+        if wanted:
+            rig.place(transfer_id, 0, content(0))
+    transfer = await rig.receiver.wait_settled("b", 0)
+    assert transfer is not None
+    assert transfer.settled
+
+
+def test_layers_may_come_one_by_one(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0, 1])
+    assert rig.place(transfer_id, 0, content(0, 1) + content(1, 1), layers=(1, 1)) == STORED
+    rig.assert_stored()
+    assert rig.place(transfer_id, 1, content(1, 0), layers=(0, 1)) == STORED
+    rig.assert_stored(1)
+    assert rig.receiver.commit(transfer_id) == 1
+    rig.assert_stored(1)
+
+
+def test_a_repeated_frame_changes_nothing(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0, 1])
+    for _ in range(2):
+        assert rig.place(transfer_id, 0, content(0)) == STORED
+    assert rig.store.usage().num_reserved == 1
+    # Written by somebody else meanwhile: the slot of a complete block belongs to the store.
+    assert rig.place(transfer_id, 0, content(9)) == STORED
+    rig.assert_stored(0)
+
+
+def test_a_block_offered_twice_is_kept_once(rig: Rig) -> None:
+    first, _ = rig.offer("a", [0])
+    second, _ = rig.offer("b", [0])
+    assert rig.place(first, 0, content(0)) == STORED
+    assert rig.place(second, 0, content(0)) == STORED
+    rig.receiver.let_go("a")
+    assert rig.store.usage().num_pinned == 1
+    rig.receiver.let_go("b")
+    rig.assert_idle()
+
+
+def test_the_same_hash_twice_in_one_offer(rig: Rig) -> None:
+    transfer_id, wanted = rig.offer("r", [3, 3])
+    assert rig.place(transfer_id, 0, content(3) * len(wanted)) == STORED
+    rig.assert_stored(3)
+    rig.receiver.let_go("r")
+    rig.assert_idle()
+
+
+def test_a_frame_for_an_ended_transfer_is_stale(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0])
+    rig.receiver.let_go("r")
+    [slot] = rig.store.reserve(1)
+    assert rig.place(transfer_id, 0, content(0)) == STALE
+    assert rig.place(1, 0, content(0)) == STALE
+    assert not any(bytes(rig.segment.slot_view(slot)))
+    rig.store.release([slot])
+
+
+def test_a_new_offer_of_a_request_ends_its_old_one(rig: Rig) -> None:
+    old, _ = rig.offer("r", [0, 1])
+    rig.place(old, 0, content(0))
+    new, wanted = rig.offer("r", [0, 1])
+    assert new != old
+    assert wanted == [1]
+    assert rig.place(old, 1, content(1)) == STALE
+    assert rig.place(new, 1, content(1)) == STORED
+    assert rig.receiver.commit(old) == 0
+
+
+def test_a_frame_after_the_commit_is_dropped(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0, 1])
+    rig.place(transfer_id, 0, content(0))
+    assert rig.receiver.commit(transfer_id) == 1
+    [*slots] = rig.store.reserve(NUM_SLOTS)
+    rig.place(transfer_id, 1, content(1))
+    rig.assert_stored(0)
+    assert not any(any(bytes(rig.segment.slot_view(slot))) for slot in slots)
+    rig.store.release(slots)
+
+
+def test_a_corrupt_frame_is_not_placed(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0])
+    header = FrameHeader(transfer_id, 0, 1, 0, LAYERS, checksum([content(0)]) ^ 1)
+    assert rig.receiver.place(header, memoryview(content(0))) == CORRUPT
+    rig.assert_stored()
+    assert rig.place(transfer_id, 0, content(0)) == STORED
+    rig.assert_stored(0)
+
+
+@pytest.mark.parametrize(
+    ("first_block", "num_blocks", "first_layer", "num_layers", "num_bytes"),
+    [
+        (0, 0, 0, LAYERS, 0),
+        (0, 1, 0, 0, 0),
+        (0, 3, 0, LAYERS, 3 * SLOT_BYTES),
+        (2, 1, 0, LAYERS, SLOT_BYTES),
+        (2**32 - 1, 1, 0, LAYERS, SLOT_BYTES),
+        (0, 2**32 - 1, 0, LAYERS, SLOT_BYTES),
+        (0, 1, 1, LAYERS, SLOT_BYTES),
+        (0, 1, LAYERS, 1, LAYER_BYTES),
+        (0, 1, 0, 2**32 - 1, SLOT_BYTES),
+        (0, 1, 0, LAYERS, SLOT_BYTES - 1),
+        (0, 1, 0, LAYERS, SLOT_BYTES + 1),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused(
+    rig: Rig, first_block: int, num_blocks: int, first_layer: int, num_layers: int, num_bytes: int
+) -> None:
+    transfer_id, _ = rig.offer("r", [0, 1])
+    payload = bytes(num_bytes)
+    header = FrameHeader(transfer_id, first_block, num_blocks, first_layer, num_layers, checksum([payload]))
+    assert rig.receiver.place(header, memoryview(payload)) == REFUSED
+    assert rig.store.usage().num_reserved == 2
+
+
+def test_a_frame_may_not_bring_blocks_under_another_transfers_id(rig: Rig) -> None:
+    """A block that was not wanted has no slot: nothing is written for it."""
+    first, _ = rig.offer("a", [0])
+    rig.place(first, 0, content(0))
+    second, wanted = rig.offer("b", [0, 1])
+    assert wanted == [1]
+    assert rig.place(second, 0, content(7) + content(1)) == STORED
+    rig.assert_stored(0, 1)
+
+
+def test_a_full_store_wants_what_fits_first_blocks_first(rig: Rig) -> None:
+    in_use = rig.store.reserve(NUM_SLOTS - 2)
+    transfer_id, wanted = rig.offer("r", [0, 1, 2, 3])
+    assert wanted == [0, 1]
+    assert rig.place(transfer_id, 0, content(0) + content(1)) == STORED
+    assert rig.receiver.commit(transfer_id) == 0
+    rig.receiver.let_go("r")
+    rig.store.release(in_use)
+
+
+async def test_a_store_without_any_room_settles_at_once(rig: Rig) -> None:
+    in_use = rig.store.reserve(NUM_SLOTS)
+    _, wanted = rig.offer("r", [0])
+    assert wanted == []
+    assert await rig.receiver.wait_settled("r", 0) is not None
+    rig.store.release(in_use)
+
+
+def test_another_layout_is_refused_and_both_are_shown(rig: Rig) -> None:
+    with pytest.raises(LayoutMismatchError, match=r"sender \[.*3 layers.*\], receiver \[.*2 layers.*\]"):
+        rig.receiver.offer("r", make_layout(num_layers=3), name(0))
+    rig.assert_idle()
+
+
+@pytest.mark.parametrize("hashes", [b"", b"x" * 15, b"x" * 17])
+def test_malformed_hashes_are_refused(rig: Rig, hashes: bytes) -> None:
+    with pytest.raises(OfferError, match=f"{len(hashes)} bytes"):
+        rig.receiver.offer("r", LAYOUT, hashes)
+
+
+async def test_who_waits_is_told_when_the_last_block_is_there(rig: Rig) -> None:
+    before_the_offer = await waiting(rig, "r")
+    transfer_id, _ = rig.offer("r", [0, 1])
+    after_the_offer = await waiting(rig, "r")
+    rig.place(transfer_id, 0, content(0))
+    await asyncio.sleep(0)
+    assert not before_the_offer.done()
+    assert not after_the_offer.done()
+    rig.place(transfer_id, 1, content(1))
+    transfers = await asyncio.gather(before_the_offer, after_the_offer)
+    assert all(t is not None and t.settled and t.received_blocks == 2 for t in transfers)
+    assert transfers[0] is not None
+    assert transfers[0].received_bytes == 2 * SLOT_BYTES
+
+
+async def test_who_waits_is_told_when_no_more_is_coming(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0, 1])
+    task = await waiting(rig, "r")
+    rig.place(transfer_id, 0, content(0))
+    rig.receiver.commit(transfer_id)
+    transfer = await task
+    assert transfer is not None
+    assert transfer.received_blocks == 1
+
+
+async def test_waiting_ends_with_its_deadline(rig: Rig) -> None:
+    assert await rig.receiver.wait_settled("r", 0.001) is None
+    transfer_id, _ = rig.offer("r", [0, 1])
+    rig.place(transfer_id, 0, content(0))
+    transfer = await rig.receiver.wait_settled("r", 0.001)
+    assert transfer is not None
+    assert not transfer.settled
+
+
+async def test_one_of_several_that_wait_does_not_end_it_for_the_others(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0])
+    one, other = await waiting(rig, "r"), await waiting(rig, "r")
+    one.cancel()
+    await asyncio.wait([one])
+    rig.receiver.let_go("r")
+    assert rig.place(transfer_id, 0, content(0)) == STORED
+    assert await other is not None
+    rig.receiver.let_go("r")
+    rig.assert_idle()
+
+
+async def test_the_last_that_waits_ends_it(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0])
+    tasks = [await waiting(rig, "r") for _ in range(3)]
+    for task in tasks:
+        task.cancel()
+        await asyncio.wait([task])
+        rig.receiver.let_go("r")
+    rig.assert_idle()
+    assert rig.place(transfer_id, 0, content(0)) == STALE
+
+
+async def test_who_comes_after_the_transfer_was_used_does_not_wait(rig: Rig) -> None:
+    """The n completions of a prompt share one transfer, and the first lets go of it."""
+    transfer_id, _ = rig.offer("r", [0])
+    rig.place(transfer_id, 0, content(0))
+    rig.receiver.let_go("r")
+    async with asyncio.timeout(10):
+        assert await rig.receiver.wait_settled("r", 1000) is None
+
+
+def test_an_offer_that_comes_after_the_cancel_reserves_nothing(rig: Rig) -> None:
+    rig.receiver.let_go("r")
+    transfer_id, wanted = rig.offer("r", [0, 1])
+    assert wanted == []
+    rig.assert_idle()
+    assert rig.receiver.commit(transfer_id) == 0
+    assert rig.place(transfer_id, 0, content(0)) == STALE
+
+
+def test_what_nobody_asks_for_expires(rig: Rig) -> None:
+    rig.offer("lost", [0, 1])
+    rig.now = HOLD_S / 2
+    fed, _ = rig.offer("fed", [2, 3])
+    rig.now = HOLD_S + 1
+    rig.place(fed, 0, content(2))
+    assert rig.receiver.expire() == 1
+    rig.now = 1.75 * HOLD_S
+    assert rig.receiver.expire() == 0, "a frame came within the hold time"
+    rig.now = 2 * HOLD_S + 2
+    assert rig.receiver.expire() == 1
+    rig.assert_idle()
+    rig.assert_stored(2)
+
+
+async def test_what_somebody_waits_for_does_not_expire(rig: Rig) -> None:
+    transfer_id, _ = rig.offer("r", [0])
+    task = await waiting(rig, "r")
+    rig.now = 2 * HOLD_S
+    assert rig.receiver.expire() == 0
+    rig.place(transfer_id, 0, content(0))
+    assert await task is not None
