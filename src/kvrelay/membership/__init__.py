@@ -1,0 +1,26 @@
+"""Who belongs to the cluster: records in etcd, each under the lease of the process that it describes."""
+
+from kvrelay.membership.follow import Members, follow_coordinators, follow_workers
+from kvrelay.membership.records import (
+    coordinator_key,
+    coordinators_prefix,
+    list_coordinators,
+    list_workers,
+    worker_key,
+    workers_prefix,
+)
+from kvrelay.membership.registration import Registration, register
+
+__all__ = [
+    "Members",
+    "Registration",
+    "coordinator_key",
+    "coordinators_prefix",
+    "follow_coordinators",
+    "follow_workers",
+    "list_coordinators",
+    "list_workers",
+    "register",
+    "worker_key",
+    "workers_prefix",
+]

@@ -1,0 +1,115 @@
+"""How does a process stay in the cluster's list as long as it lives, whatever happens to etcd?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from google.protobuf.message import Message
+
+from kvrelay.etcd import EtcdClient, EtcdError, EtcdUnavailableError, Lease, LeaseLostError, LeaseNotFoundError
+from kvrelay.etcd.transport import Backoff
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TTL_S = 5
+_LEAVE_TIMEOUT_S = 2.0
+
+
+@asynccontextmanager
+async def register(
+    client: EtcdClient, key: bytes, record: Message, *, ttl_s: int = DEFAULT_TTL_S
+) -> AsyncIterator[Registration]:
+    """Keep `record` at `key` inside this context, under a lease that ends with this process.
+
+    Entering does not wait for etcd and nothing fails while etcd is away: the record is written as soon as it can be,
+    and again under a new lease when the lease is lost. Leaving deletes the record, trying for two seconds.
+    """
+    registration = Registration(client, key, record, ttl_s)
+    task = asyncio.create_task(registration.run(), name=f"registration of {key.decode()}")
+    try:
+        yield registration
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await registration.leave()
+
+
+class Registration:
+    """One record under a lease. Made by `register`."""
+
+    def __init__(self, client: EtcdClient, key: bytes, record: Message, ttl_s: int) -> None:
+        self._client = client
+        self._key = key
+        self._value = record.SerializeToString()
+        self._ttl_s = ttl_s
+        self._lease: Lease | None = None
+        self._outdated = asyncio.Event()
+        self._written = asyncio.Event()
+
+    def update(self, record: Message) -> None:
+        """Replace the record; it is written in the background. `wait_written` tells when."""
+        self._value = record.SerializeToString()
+        self._written.clear()
+        self._outdated.set()
+
+    async def wait_written(self) -> None:
+        """Until etcd holds the newest record under a lease that is kept."""
+        await self._written.wait()
+
+    async def run(self) -> None:
+        """Hold the record until cancelled."""
+        backoff = Backoff()
+        while True:
+            try:
+                self._lease = await self._client.grant_lease(self._ttl_s)
+                backoff.reset()
+                await self._hold(self._lease)
+            except LeaseLostError as error:
+                logger.warning("%s; registering %s again", error, self._key.decode())
+            except EtcdUnavailableError as error:
+                logger.warning("cannot register %s yet: %s", self._key.decode(), error)
+            except EtcdError as error:
+                logger.error("etcd refuses to register %s: %s", self._key.decode(), error)
+            self._written.clear()
+            await asyncio.sleep(backoff.next_s())
+
+    async def leave(self) -> None:
+        """Delete the record by ending its lease; without etcd the lease ends by itself."""
+        if self._lease is None:
+            return
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await self._client.revoke_lease(self._lease.lease_id)
+        except (EtcdError, TimeoutError) as error:
+            logger.warning("could not leave: %s; the record goes within %g s", error, self._lease.ttl_s)
+
+    async def _hold(self, lease: Lease) -> None:
+        """Until the lease is lost. Raises `EtcdError`."""
+        self._outdated.set()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._client.keep_alive(lease))
+                tasks.create_task(self._publish(lease))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _publish(self, lease: Lease) -> None:
+        backoff = Backoff()
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            try:
+                await self._client.put(self._key, self._value, lease_id=lease.lease_id)
+            except LeaseNotFoundError:
+                raise LeaseLostError(lease.lease_id) from None
+            except EtcdUnavailableError:
+                self._outdated.set()
+                await asyncio.sleep(backoff.next_s())
+                continue
+            backoff.reset()
+            if not self._outdated.is_set():
+                self._written.set()
