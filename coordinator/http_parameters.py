@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvrelay.coordinator.http_limits import RequestBounds
+from kvrelay.coordinator.http_prompts import check_messages, check_prompts
 from kvrelay.coordinator.json_checks import (
     Check,
     array,
@@ -19,8 +20,6 @@ from kvrelay.coordinator.json_checks import (
     is_integer,
     logit_bias,
     number,
-    one_of,
-    refuse,
     string,
     strings,
     structure,
@@ -34,9 +33,9 @@ _INT64 = 2**63 - 1
 _SAMPLING: dict[str, Check] = {
     "frequency_penalty": number(-2, 2),
     "presence_penalty": number(-2, 2),
-    "repetition_penalty": number(0, 10, above_low=True),
+    "repetition_penalty": number(0.01, 10),
     "temperature": number(0, 2),
-    "top_p": number(0, 1, above_low=True),
+    "top_p": number(1e-6, 1),
     "top_k": integer(-1, _INT31),
     "min_p": number(0, 1),
     "seed": integer(-(2**63), _INT64),
@@ -65,8 +64,6 @@ _COMMON: dict[str, Check] = {
     "stream_options": structure,
     "echo": boolean,
     "add_special_tokens": boolean,
-    "truncate_prompt_tokens": integer(-1, lambda bounds: bounds.max_model_len_tokens),
-    "truncation_side": one_of("left", "right"),
     "priority": integer(-(2**31), _INT31),
     "cache_salt": string(128),
     "return_token_ids": boolean,
@@ -75,7 +72,7 @@ _COMMON: dict[str, Check] = {
 }
 
 _TEMPLATE: dict[str, Check] = {
-    "messages": array(lambda bounds: bounds.limits.max_messages),
+    "messages": check_messages,
     "tools": array(lambda bounds: bounds.limits.max_tools),
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
@@ -99,7 +96,7 @@ CHAT: dict[str, Check] = {
 
 COMPLETION: dict[str, Check] = {
     **_COMMON,
-    "prompt": lambda name, value, bounds: _check_prompt(name, value, bounds),
+    "prompt": check_prompts,
     "logprobs": integer(0, lambda bounds: bounds.max_logprobs),
     "max_tokens": integer(0, _INT64),
 }
@@ -123,8 +120,6 @@ WITHOUT_EFFECT = frozenset(
 )
 """Fields of OpenAI's API about accounts and billing: taken on both generating routes, and ignored."""
 
-_CONTENT_TYPES = ("text", "refusal")
-
 
 def check_parameters(body: Any, table: Mapping[str, Check], bounds: RequestBounds) -> dict[str, Any]:
     """The fields to give to vLLM's request model: those that are set, each checked on its own.
@@ -140,24 +135,8 @@ def check_parameters(body: Any, table: Mapping[str, Check], bounds: RequestBound
         if check is None:
             raise InvalidRequestError(f"{name[:80]!r} is not a parameter of this route", field=name[:80])
         check(name, value, bounds)
-    _check_messages(fields.get("messages", ()))
     _check_num_completions(fields, bounds)
     return fields
-
-
-def _check_messages(messages: Any) -> None:
-    """Only text: vLLM would fetch images from where the client says."""
-    for index, message in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise refuse(name, message, "an object")
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind not in _CONTENT_TYPES:
-                raise InvalidRequestError(
-                    f"{name}.content has a part of type {kind!r}; only text is offered", field="messages"
-                )
 
 
 def _check_num_completions(fields: Mapping[str, Any], bounds: RequestBounds) -> None:
@@ -170,39 +149,3 @@ def _check_num_completions(fields: Mapping[str, Any], bounds: RequestBounds) -> 
             f"at most {bounds.limits.max_completions} are taken in one request",
             field="n" if num_prompts == 1 else "prompt",
         )
-
-
-def _check_prompt(name: str, value: Any, bounds: RequestBounds) -> None:
-    """A string, token ids, or an array of either; no prompt is empty, and ids are the model's."""
-    if isinstance(value, str):
-        _check_one_prompt(name, value, bounds)
-    elif not isinstance(value, list):
-        raise refuse(name, value, "a string, an array of token ids, or an array of either")
-    elif not value or is_integer(value[0]):
-        _check_one_prompt(name, value, bounds)
-    elif len(value) > bounds.limits.max_completions:
-        raise refuse(name, value, f"an array of at most {bounds.limits.max_completions} prompts")
-    else:
-        for index, prompt in enumerate(value):
-            _check_one_prompt(f"{name}[{index}]", prompt, bounds)
-
-
-def _check_one_prompt(name: str, prompt: Any, bounds: RequestBounds) -> None:
-    if not isinstance(prompt, str | list):
-        raise refuse(name, prompt, "a string or an array of token ids")
-    if not prompt:
-        raise InvalidRequestError(f"{name} is empty; it needs at least one token", field="prompt")
-    if isinstance(prompt, str):
-        return
-    if len(prompt) >= bounds.max_model_len_tokens:
-        raise InvalidRequestError(
-            f"{name} has {len(prompt)} tokens; together with at least one generated token it must fit into "
-            f"the model's context of {bounds.max_model_len_tokens} tokens",
-            field="prompt",
-        )
-    for token_id in prompt:
-        if not is_integer(token_id) or not 0 <= token_id < bounds.vocab_size:
-            raise InvalidRequestError(
-                f"{name} has {token_id!r:.40}; each element must be a token id from 0 to {bounds.vocab_size - 1}",
-                field="prompt",
-            )

@@ -14,9 +14,12 @@ Check = Callable[[str, Any, RequestBounds], None]
 _SHOWN_CHARS = 80
 
 
-def refuse(name: str, value: Any, requirement: str) -> InvalidRequestError:
-    """The error for a value that does not meet its requirement; shows the value, cut short."""
-    return InvalidRequestError(f"{name} is {_shown(value)}; it must be {requirement}", field=name)
+def refuse(name: str, value: Any, requirement: str, *, field: str | None = None) -> InvalidRequestError:
+    """The error for a value, shown cut short, that does not meet its requirement.
+
+    `name` may be more precise than the parameter's own name, which then is `field`.
+    """
+    return InvalidRequestError(f"{name} is {_shown(value)}; it must be {requirement}", field=field or name)
 
 
 def _shown(value: Any) -> str:
@@ -48,13 +51,12 @@ def structure(name: str, value: Any, _: RequestBounds) -> None:
         raise refuse(name, value, "an object")
 
 
-def number(low: float, high: float, *, above_low: bool = False) -> Check:
-    """A number from `low` (or above it) to `high`."""
-    requirement = f"a number above {low:g} and at most {high:g}" if above_low else f"a number from {low:g} to {high:g}"
+def number(low: float, high: float) -> Check:
+    """A number from `low` to `high`."""
 
     def check(name: str, value: Any, _: RequestBounds) -> None:
-        if not is_number(value) or not low <= value <= high or (above_low and value == low):
-            raise refuse(name, value, requirement)
+        if not is_number(value) or not low <= value <= high:
+            raise refuse(name, value, f"a number from {low:g} to {high:g}")
 
     return check
 
@@ -74,14 +76,6 @@ def string(max_chars: int) -> Check:
     def check(name: str, value: Any, _: RequestBounds) -> None:
         if not isinstance(value, str) or len(value) > max_chars:
             raise refuse(name, value, f"a string of at most {max_chars} characters")
-
-    return check
-
-
-def one_of(*choices: str) -> Check:
-    def check(name: str, value: Any, _: RequestBounds) -> None:
-        if value not in choices:
-            raise refuse(name, value, f"one of {', '.join(choices)}")
 
     return check
 
@@ -119,7 +113,7 @@ def token_ids(max_items: Callable[[RequestBounds], int]) -> Check:
             raise refuse(name, value, f"an array of at most {items} token ids")
         for token_id in value:
             if not is_integer(token_id) or not 0 <= token_id < bounds.vocab_size:
-                raise refuse(f"{name}[]", token_id, f"a token id from 0 to {bounds.vocab_size - 1}")
+                raise refuse(f"{name}[]", token_id, f"a token id from 0 to {bounds.vocab_size - 1}", field=name)
 
     return check
 
@@ -130,9 +124,9 @@ def logit_bias(name: str, value: Any, bounds: RequestBounds) -> None:
         raise refuse(name, value, f"an object of at most {most} fields")
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < bounds.vocab_size):
-            raise refuse(f"{name} key", key, f"a token id from 0 to {bounds.vocab_size - 1}")
+            raise refuse(f"a key of {name}", key, f"a token id from 0 to {bounds.vocab_size - 1}", field=name)
         if not is_number(bias) or not -100 <= bias <= 100:
-            raise refuse(f"{name}.{key}", bias, "a number from -100 to 100")
+            raise refuse(f"{name}[{key}]", bias, "a number from -100 to 100", field=name)
 
 
 def check_depth(value: Any, max_depth: int) -> None:

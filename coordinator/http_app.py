@@ -1,0 +1,109 @@
+"""The OpenAI HTTP API of a cluster, as a plain ASGI application."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.engine.protocol import EngineClient
+
+from kvrelay.coordinator.http_body import ClientGoneError, read_json
+from kvrelay.coordinator.http_errors import HttpError, error_of
+from kvrelay.coordinator.http_limits import HttpLimits
+from kvrelay.coordinator.http_reply import Reply, until_disconnect
+from kvrelay.coordinator.http_routes import Call, Routes
+from kvrelay.coordinator.http_serving import ServingOptions, build_serving
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+Handler = Callable[[Call], Coroutine[Any, Any, None]]
+
+
+def build_app(
+    engine: EngineClient,
+    *,
+    served_model_name: str,
+    ready: Callable[[], bool],
+    limits: HttpLimits | None = None,
+    options: ServingOptions | None = None,
+) -> ASGIApp:
+    """The OpenAI API over `engine`, to be run in the engine's event loop; `ready` tells whether it can serve now.
+
+    Owns nothing: starting and ending the engine is the caller's. Raises what vLLM raises for an unknown parser.
+    """
+    limits = limits or HttpLimits()
+    serving = build_serving(engine, served_model_name, options or ServingOptions())
+    return Gateway(Routes(serving, limits, ready), limits)
+
+
+class Gateway:
+    """Finds the route of a request, and turns every failure into OpenAI's error object."""
+
+    def __init__(self, routes: Routes, limits: HttpLimits) -> None:
+        self._limits = limits
+        self._models = routes.model
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/v1/chat/completions": ("POST", routes.chat),
+            "/v1/completions": ("POST", routes.completions),
+            "/v1/models": ("GET", routes.models),
+            "/tokenize": ("POST", routes.tokenize),
+            "/detokenize": ("POST", routes.detokenize),
+            "/health": ("GET", routes.health),
+            "/ready": ("GET", routes.ready),
+            "/version": ("GET", routes.version),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _live(receive, send)
+        else:
+            await send({"type": "websocket.close"})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        reply = Reply(send, request_id, retry_after_s=self._limits.retry_after_s)
+        try:
+            method, handler = self._find(scope["path"])
+            if scope["method"] != method:
+                raise HttpError(
+                    status=HTTPStatus.METHOD_NOT_ALLOWED,
+                    message=f"{scope['method']} is not offered for {scope['path'][:200]!r}; use {method}",
+                    headers={"allow": method},
+                )
+            body = await read_json(receive, headers, self._limits) if method == "POST" else None
+            call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
+            await until_disconnect(receive, handler(call))
+        except ClientGoneError:
+            return
+        except Exception as exception:
+            await reply.error(error_of(exception, request_id))
+
+    def _find(self, path: str) -> tuple[str, Handler]:
+        if path.startswith("/v1/models/"):
+            return "GET", self._models
+        if path not in self._routes:
+            raise HttpError(status=HTTPStatus.NOT_FOUND, message=f"there is no route {path[:200]!r}")
+        return self._routes[path]
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's X-Request-Id if it is short and plain, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer the server's lifespan protocol: there is nothing to start and nothing to end."""
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
