@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -14,6 +14,8 @@ from kvrelay.v1 import kv_transfer_pb2
 
 AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
 """Called for every ack of one transfer, and with None when the stream is broken."""
+
+_PushCall = grpc.aio.StreamStreamCall[bytes, kv_transfer_pb2.FrameAck]
 
 _RPC_TIMEOUT_S = 10.0
 
@@ -44,7 +46,7 @@ class Peer:
         )
         self._push = self._channel.stream_stream(
             f"/{SERVICE}/Push",
-            request_serializer=bytes,
+            request_serializer=_as_it_is,
             response_deserializer=kv_transfer_pb2.FrameAck.FromString,
         )
         self._frames: asyncio.Queue[bytes] = asyncio.Queue(maxsize=2)
@@ -88,22 +90,33 @@ class Peer:
         """Keep the push stream while there is something to push; ends by cancellation only."""
         while True:
             frame = await self._frames.get()
-            call = self._push(self._requests(frame))
+            call = self._push()
             try:
-                async for ack in call:
-                    handler = self._handlers.get(ack.transfer_id)
-                    if handler is not None:
-                        handler(ack)
-            except grpc.aio.AioRpcError:
-                pass
+                async with asyncio.TaskGroup() as tasks:
+                    writing = tasks.create_task(self._write(call, frame))
+                    await self._read(call)
+                    writing.cancel()
             finally:
                 call.cancel()
                 self._broken()
 
-    async def _requests(self, first: bytes) -> AsyncIterator[bytes]:
-        yield first
-        while True:
-            yield await self._frames.get()
+    async def _read(self, call: _PushCall) -> None:
+        """Deliver acks until the stream ends or breaks."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for ack in call:
+                handler = self._handlers.get(ack.transfer_id)
+                if handler is not None:
+                    handler(ack)
+
+    async def _write(self, call: _PushCall, frame: bytes) -> None:
+        """Frames are taken from the queue for a living stream only: gRPC's own consumer would outlive it.
+
+        A stream that is over says so to `_read`, too.
+        """
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await call.write(frame)
+                frame = await self._frames.get()
 
     def _broken(self) -> None:
         while not self._frames.empty():
@@ -141,3 +154,7 @@ class Peers:
             task.cancel()
             await peer.close()
         self._peers.clear()
+
+
+def _as_it_is(frame: bytes) -> bytes:
+    return frame

@@ -1,0 +1,138 @@
+"""Two host block stores in one process, with real gRPC between a sender and a receiver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import grpc.aio
+
+from kvrelay.block_hash import layout_fingerprint
+from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.peer import Peer, Peers
+from kvrelay.kv_transfer.receiver import Receiver
+from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.sender import Push
+from kvrelay.kv_transfer.service import KvTransferService, add_to_server
+from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
+
+LAYERS = 4
+SLOT_BYTES = 256 << 10
+NUM_SLOTS = 64
+
+
+def make_layout(model: str = "model") -> cluster_pb2.KvLayout:
+    layout = cluster_pb2.KvLayout(
+        model=model, dtype="bfloat16", num_layers=LAYERS, num_kv_heads=2, head_elements=8, block_size_tokens=16
+    )
+    layout.fingerprint = layout_fingerprint(layout)
+    return layout
+
+
+def block_name(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def block_bytes(number: int) -> bytes:
+    """Content of block `number`; no two blocks share a byte position's value for long."""
+    return b"".join((number * 65_537 + i * 257).to_bytes(8, "little") for i in range(32)) * (SLOT_BYTES // 256)
+
+
+class Side:
+    """A store, its segment and its receiver."""
+
+    def __init__(self, num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None) -> None:
+        self.layout = layout or make_layout()
+        self.segment = Segment.create(HEADER_BYTES + num_slots * SLOT_BYTES)
+        self.segment.configure(SLOT_BYTES)
+        self.store = BlockStore(num_slots)
+        self.receiver = Receiver(self.store, self.segment, self.layout)
+
+    def put(self, numbers: Sequence[int]) -> list[int]:
+        """Store blocks; their slots are pinned once."""
+        slots = []
+        for number in numbers:
+            [slot] = self.store.reserve(1)
+            self.segment.slot_view(slot)[:] = block_bytes(number)
+            slots.append(self.store.commit(slot, block_name(number)))
+        return slots
+
+    def holds(self, number: int) -> bool:
+        """Whether the block is there; its content must be right then."""
+        slot = self.store.find(block_name(number))
+        if slot is None:
+            return False
+        assert bytes(self.segment.slot_view(slot)) == block_bytes(number), f"block {number} has another content"
+        return True
+
+    def assert_idle(self) -> None:
+        """Nothing is reserved, pinned or in transfer."""
+        usage = self.store.usage()
+        assert (usage.num_reserved, usage.num_pinned, self.receiver.num_transfers) == (0, 0, 0)
+
+
+@contextlib.contextmanager
+def side(num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None) -> Iterator[Side]:
+    """A side that must be idle at the end."""
+    made = Side(num_slots, layout)
+    try:
+        yield made
+        made.assert_idle()
+    finally:
+        made.segment.close()
+
+
+def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int]) -> Push:
+    """A push of these blocks, none of them ready yet."""
+    offer = kv_transfer_pb2.OfferRequest(
+        request_id=request_id,
+        sender_id="sender",
+        layout=sender.layout,
+        block_hashes=b"".join(map(block_name, numbers)),
+    )
+    return Push(peer, sender.segment, offer, sender.store.unpin)
+
+
+class KvServer:
+    """A KvTransfer service; can be stopped and started again on the same port."""
+
+    def __init__(self, service: KvTransferService) -> None:
+        self.address = ""
+        self._service = service
+        self._port = 0
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=server_options())
+        add_to_server(self._service, self._server)
+        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self.address = f"127.0.0.1:{self._port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+
+@contextlib.asynccontextmanager
+async def kv_server(service: KvTransferService) -> AsyncIterator[KvServer]:
+    """Serve until the end of the block."""
+    server = KvServer(service)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@contextlib.asynccontextmanager
+async def open_peers() -> AsyncIterator[Peers]:
+    async with asyncio.TaskGroup() as tasks:
+        peers = Peers(tasks)
+        try:
+            yield peers
+        finally:
+            await peers.close()
