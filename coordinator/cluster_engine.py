@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -74,12 +75,20 @@ class ClusterEngine(EngineControls):
         self._sink = EngineOutputSink(self._outputs, self._config.max_timelines)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
+        self._workers_changed = asyncio.Event()
         self._vocab_size = self.model_config.get_vocab_size()
 
     @property
     def is_ready(self) -> bool:
         """Whether a decode worker serves the model now."""
         return any(view.role == cluster_pb2.ROLE_DECODE and not view.draining for view in self._serving())
+
+    async def watch_ready(self) -> AsyncIterator[bool]:
+        """`is_ready` now and whenever the workers have changed; for one reader."""
+        while True:
+            self._workers_changed.clear()
+            yield self.is_ready
+            await self._workers_changed.wait()
 
     @property
     def num_requests(self) -> int:
@@ -188,6 +197,7 @@ class ClusterEngine(EngineControls):
         """Accept only what every worker of the model can hold."""
         limits = [view.max_model_len_tokens for view in self._serving() if view.max_model_len_tokens]
         self._front_end.limit_model_len(min(limits, default=None))
+        self._workers_changed.set()
 
     def _serving(self) -> list[Any]:
         return [view for view in self._pool.views() if view.model == self.served_model_name]

@@ -16,7 +16,7 @@ from kvrelay.coordinator.client_sampling import client_sampling
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.generate_responses import ResponseBuilder
 from kvrelay.coordinator.prompt_limits import check_token_ids
-from kvrelay.coordinator.prompt_rendering import render_chat, render_text, render_token_ids
+from kvrelay.coordinator.prompt_rendering import ChatTemplate, render_chat, render_text, render_token_ids
 from kvrelay.coordinator.vllm_errors import from_vllm_error
 from kvrelay.errors import GenerationFailedError, InvalidRequestError, ModelNotFoundError, status_of
 from kvrelay.tracing import current_context
@@ -32,9 +32,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Translates, calls the engine, maps errors. Cancelling a call ends its generation."""
 
-    def __init__(self, engine: ClusterEngine, *, chat_template: str | None = None) -> None:
+    def __init__(self, engine: ClusterEngine, *, template: ChatTemplate | None = None) -> None:
         self._engine = engine
-        self._chat_template = chat_template
+        self._template = template or ChatTemplate()
         self._default_sampling = engine.model_config.get_diff_sampling_param()
 
     async def Generate(
@@ -86,7 +86,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                     rendered = await render_text(renderer, request.text, add_special_tokens=special)
                 case "chat":
-                    rendered = await render_chat(renderer, request.chat, chat_template=self._chat_template)
+                    rendered = await render_chat(renderer, request.chat, self._template)
                 case _:
                     raise InvalidRequestError("one of text and chat is needed", field="input")
         except Exception as error:
@@ -114,7 +114,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             case "token_ids":
                 return render_token_ids(request.token_ids.ids, cache_salt=salt)
             case "chat":
-                return await render_chat(renderer, request.chat, chat_template=self._chat_template, cache_salt=salt)
+                return await render_chat(renderer, request.chat, self._template, cache_salt=salt)
             case _:
                 raise InvalidRequestError("one of text, token_ids and chat is needed", field="prompt")
 

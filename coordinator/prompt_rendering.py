@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.inputs import EngineInput, tokens_input
@@ -12,6 +12,14 @@ from vllm.renderers.params import ChatParams
 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.v1 import inference_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    text: str | None = None
+    """A Jinja template; the model's own when None."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
 
 _ROLES = ("system", "user", "assistant")
 
@@ -30,7 +38,7 @@ def render_token_ids(token_ids: Sequence[int], *, cache_salt: str = "") -> Engin
 
 
 async def render_chat(
-    renderer: BaseRenderer, chat: inference_pb2.Chat, *, chat_template: str | None, cache_salt: str = ""
+    renderer: BaseRenderer, chat: inference_pb2.Chat, template: ChatTemplate, *, cache_salt: str = ""
 ) -> EngineInput:
     """Apply the chat template with a generation prompt, as the OpenAI API does.
 
@@ -46,8 +54,8 @@ async def render_chat(
             )
     messages: list[Any] = [{"role": message.role, "content": message.content} for message in chat.messages]
     params = ChatParams(
-        chat_template=chat_template,
-        chat_template_kwargs={"add_generation_prompt": True, "tools": None, "tokenize": False},
+        chat_template=template.text,
+        chat_template_kwargs={**template.arguments, "add_generation_prompt": True, "tools": None, "tokenize": False},
     )
     _, (rendered,) = await renderer.render_chat_async([messages], params, prompt_extras=_extras(cache_salt))
     return rendered

@@ -1,0 +1,37 @@
+"""Everything one coordinator process needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
+from kvrelay.coordinator.front_end import FrontEndConfig
+from kvrelay.coordinator.http_limits import HttpLimits
+from kvrelay.coordinator.http_serving import ServingOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    coordinator_id: str
+    etcd: Sequence[str]
+    """host:port of every member."""
+    cluster: str = "default"
+    http_listen: str = "127.0.0.1:8000"
+    """host:port of the OpenAI API; port 0 takes a free one."""
+    grpc_listen: str = "127.0.0.1:50051"
+    """host:port of the Inference service; port 0 takes a free one."""
+    advertise_host: str | None = None
+    """Name under which others reach this process; where it listens when None."""
+    front_end: FrontEndConfig
+    engine: ClusterEngineConfig = field(default_factory=ClusterEngineConfig)
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    serving: ServingOptions = field(default_factory=ServingOptions)
+    """Templates and parsers of the OpenAI API."""
+    max_queued_messages: int = 4096
+    """Messages that may wait for one worker's stream."""
+    otlp_endpoint: str | None = None
+    log_format: str = "console"
+    log_level: str = "info"
+    drain_s: float = 5.0
+    """How long requests may go on after SIGTERM."""

@@ -1,0 +1,80 @@
+"""An ASGI application on a socket, inside our event loop and under our signal handling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens, and leaves signals to the process."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+@contextlib.asynccontextmanager
+async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator[int]:
+    """Serve inside this context; yields the port.
+
+    Leaving it takes no new connections, lets responses end for `drain_s` and cancels the rest.
+    Raises `OSError` when the address cannot be had.
+    """
+    with _bind(listen) as listener:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=math.ceil(drain_s),
+        )
+        server = _Server(config)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.serve(sockets=[listener]), name="http server")
+            await server.listening.wait()
+            try:
+                yield listener.getsockname()[1]
+            finally:
+                server.should_exit = True
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port`, the host of an IPv6 address in brackets. Raises `ValueError`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"address {address!r} is not of the form host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _bind(listen: str) -> socket.socket:
+    host, port = split_address(listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener

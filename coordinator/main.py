@@ -1,0 +1,158 @@
+"""One coordinator process: front end, worker pool, gRPC and HTTP put together, and taken apart in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import grpc.aio
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvrelay import __version__
+from kvrelay.coordinator.cluster_engine import ClusterEngine
+from kvrelay.coordinator.config import CoordinatorConfig
+from kvrelay.coordinator.front_end import build_front_end
+from kvrelay.coordinator.http_app import build_app
+from kvrelay.coordinator.http_server import http_server, split_address
+from kvrelay.coordinator.inference_service import InferenceService
+from kvrelay.coordinator.prompt_rendering import ChatTemplate
+from kvrelay.coordinator.worker_pool import WorkerPool
+from kvrelay.etcd import EtcdConfig, connect
+from kvrelay.grpc_options import server_options
+from kvrelay.membership import coordinator_key, follow_workers, register
+from kvrelay.signals import stop_on_signals
+from kvrelay.tracing import Tracing, configure_tracing
+from kvrelay.tracing_grpc import TracingServerInterceptor
+from kvrelay.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
+
+_log = structlog.get_logger(__name__)
+
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def run_coordinator(config: CoordinatorConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
+    uvloop.run(serve(config))
+    return 0
+
+
+async def serve(config: CoordinatorConfig) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Ends in this order: leave membership, NOT_SERVING, drain HTTP and gRPC, links to the workers,
+    telemetry. Raises what makes starting impossible, `OSError` for an address that is taken.
+    """
+    stop = stop_on_signals()
+    tracing = configure_tracing("kvrelay-coordinator", config.otlp_endpoint, instance_id=config.coordinator_id)
+    try:
+        async with running(config, tracing) as info:
+            _log.info("serving", http_url=info.http_url, grpc_address=info.grpc_address)
+            await stop.wait()
+            _log.info("leaving")
+    finally:
+        tracing.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[cluster_pb2.CoordinatorInfo]:
+    """A registered coordinator; yields its record once both of its ports are open."""
+    pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
+    with _cluster_engine(config, pool, tracing) as engine:
+        app = build_app(
+            engine,
+            served_model_name=engine.served_model_name,
+            ready=lambda: engine.is_ready,
+            limits=config.limits,
+            options=config.serving,
+        )
+        async with (
+            pool.running(engine),
+            connect(EtcdConfig(endpoints=config.etcd)) as etcd,
+            asyncio.TaskGroup() as tasks,
+        ):
+            following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
+            try:
+                async with (
+                    http_server(app, config.http_listen, drain_s=config.drain_s) as http_port,
+                    _grpc_server(config, engine, tracing) as grpc_port,
+                ):
+                    info = _info(config, http_port, grpc_port)
+                    async with register(etcd, coordinator_key(config.cluster, config.coordinator_id), info):
+                        yield info
+            finally:
+                following.cancel()
+
+
+@contextlib.contextmanager
+def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracing) -> Iterator[ClusterEngine]:
+    """vLLM's front end takes seconds to build and makes many objects that live for ever."""
+    started = time.monotonic()
+    front_end = build_front_end(config.front_end)
+    _log.info("front end ready", seconds=round(time.monotonic() - started, 1), model=config.front_end.model)
+    gc.collect()
+    gc.freeze()
+    engine = ClusterEngine(front_end, pool, tracing=tracing, config=config.engine)
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def _grpc_server(config: CoordinatorConfig, engine: ClusterEngine, tracing: Tracing) -> AsyncIterator[int]:
+    """Inference, health and reflection; yields the port. Leaving it drains for `drain_s`."""
+    server = grpc.aio.server(
+        options=server_options(max_message_bytes=config.limits.max_body_bytes),
+        interceptors=[TracingServerInterceptor(tracing, _SERVICE)],
+    )
+    template = ChatTemplate(text=config.serving.chat_template, arguments=config.serving.chat_template_kwargs)
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(engine, template=template), server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    port = server.add_insecure_port(config.grpc_listen)
+    await server.start()
+    async with asyncio.TaskGroup() as tasks:
+        publishing = tasks.create_task(_publish_health(engine, servicer), name="publish health")
+        try:
+            yield port
+        finally:
+            publishing.cancel()
+            await servicer.enter_graceful_shutdown()
+            await server.stop(config.drain_s)
+
+
+async def _publish_health(engine: ClusterEngine, servicer: health.aio.HealthServicer) -> None:
+    """The process serves at once, the Inference service as long as a worker can."""
+    await servicer.set("", _SERVING)
+    async for is_ready in engine.watch_ready():
+        await servicer.set(_SERVICE, _SERVING if is_ready else _NOT_SERVING)
+
+
+def _info(config: CoordinatorConfig, http_port: int, grpc_port: int) -> cluster_pb2.CoordinatorInfo:
+    http_host = config.advertise_host or _reachable(split_address(config.http_listen)[0])
+    grpc_host = config.advertise_host or _reachable(split_address(config.grpc_listen)[0])
+    return cluster_pb2.CoordinatorInfo(
+        coordinator_id=config.coordinator_id,
+        http_url=f"http://{http_host}:{http_port}",
+        grpc_address=f"{grpc_host}:{grpc_port}",
+        model=config.front_end.served_model_name,
+        version=__version__,
+    )
+
+
+def _reachable(host: str) -> str:
+    """What others call a host that listens everywhere."""
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host

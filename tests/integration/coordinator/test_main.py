@@ -1,0 +1,179 @@
+"""Does a coordinator process appear in the cluster, serve on both ports, and leave without a trace?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from kvrelay.coordinator.config import CoordinatorConfig
+from kvrelay.coordinator.front_end import FrontEndConfig
+from kvrelay.coordinator.main import running
+from kvrelay.etcd import EtcdClient, EtcdConfig, connect
+from kvrelay.etcd.server import run_etcd
+from kvrelay.grpc_options import open_channel
+from kvrelay.membership import coordinators_prefix, list_coordinators, register, worker_key
+from kvrelay.tracing import Tracing
+from kvrelay.v1 import cluster_pb2, common_pb2, inference_pb2, inference_pb2_grpc
+from tests.support.fake_worker import MODEL, FakeWorker, ScriptedModel
+
+SERVICE = "kvrelay.v1.Inference"
+
+
+@contextlib.asynccontextmanager
+async def etcd_client() -> AsyncIterator[tuple[str, EtcdClient]]:
+    async with run_etcd() as etcd, connect(EtcdConfig(endpoints=[etcd.endpoint])) as client:
+        yield etcd.endpoint, client
+
+
+def config_of(endpoint: str, model_folder: Path, **values: Any) -> CoordinatorConfig:
+    return CoordinatorConfig(
+        coordinator_id="c1",
+        etcd=[endpoint],
+        http_listen="127.0.0.1:0",
+        grpc_listen="127.0.0.1:0",
+        front_end=FrontEndConfig(model=str(model_folder), served_model_name=MODEL),
+        drain_s=1.0,
+        **values,
+    )
+
+
+@contextlib.asynccontextmanager
+async def worker(client: EtcdClient, worker_id: str, role: cluster_pb2.Role, respond: Any) -> AsyncIterator[FakeWorker]:
+    """A fake worker that is in the cluster's list."""
+    fake = FakeWorker(worker_id, role, respond)
+    await fake.start()
+    try:
+        async with register(client, worker_key("default", worker_id), fake.info):
+            yield fake
+    finally:
+        await fake.stop()
+
+
+async def wait_health(channel: grpc.aio.Channel, service: str, wanted: int) -> None:
+    """Watch the health service until it says so."""
+    call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+    async with asyncio.timeout(10):
+        async for response in call:
+            if response.status == wanted:
+                call.cancel()
+                return
+
+
+async def test_serves_workers_as_they_come_and_go(model_folder: Path) -> None:
+    script = ScriptedModel([1000, 1001, 1002])
+    async with (
+        etcd_client() as (endpoint, client),
+        running(config_of(endpoint, model_folder), Tracing()) as info,
+        httpx.AsyncClient(base_url=info.http_url) as http,
+        open_channel(info.grpc_address) as channel,
+    ):
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/ready")).status_code == 503
+        await wait_health(channel, "", health_pb2.HealthCheckResponse.SERVING)
+        await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        async with (
+            worker(client, "p1", cluster_pb2.ROLE_PREFILL, script.prefill),
+            worker(client, "d1", cluster_pb2.ROLE_DECODE, script.decode),
+        ):
+            await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.SERVING)
+            assert (await http.get("/ready")).status_code == 200
+            body = {"model": MODEL, "prompt": [5, 6, 7, 8, 9], "max_tokens": 2, "temperature": 0}
+            answer = (await http.post("/v1/completions", json=body)).json()
+            assert answer["choices"][0]["finish_reason"] == "length"
+            assert answer["usage"]["completion_tokens"] == 2
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            request = inference_pb2.GenerateRequest(
+                token_ids=common_pb2.TokenIds(ids=[5]), sampling=common_pb2.SamplingParams(max_tokens=2)
+            )
+            tokens = [token async for response in stub.Generate(request) for token in response.token_ids]
+            assert tokens == [1000, 1001]
+        await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert (await http.get("/ready")).status_code == 503
+
+
+async def test_is_listed_in_etcd_as_long_as_it_runs(model_folder: Path) -> None:
+    async with etcd_client() as (endpoint, client):
+        async with running(config_of(endpoint, model_folder, advertise_host="localhost"), Tracing()) as info:
+            async with asyncio.timeout(10):
+                while not (listed := await list_coordinators(client, "default")):
+                    pass
+            assert listed == [info]
+            assert info.http_url.startswith("http://localhost:")
+            assert info.model == MODEL
+        assert not (await client.list_prefix(coordinators_prefix("default"))).entries
+
+
+async def test_services_can_be_reflected(model_folder: Path) -> None:
+    async with etcd_client() as (endpoint, _), running(config_of(endpoint, model_folder), Tracing()) as info:
+        async with open_channel(info.grpc_address) as channel:
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            names = {service.name for service in (await call.read()).list_services_response.service}
+            call.cancel()
+        assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+async def test_taken_port_is_an_error_that_leaves_nothing(model_folder: Path) -> None:
+    async with etcd_client() as (endpoint, client):
+        async with running(config_of(endpoint, model_folder), Tracing()) as info:
+            taken = info.http_url.removeprefix("http://")
+            with pytest.raises(BaseExceptionGroup) as raised:
+                async with running(
+                    CoordinatorConfig(
+                        coordinator_id="c2",
+                        etcd=[endpoint],
+                        http_listen=taken,
+                        front_end=FrontEndConfig(model=str(model_folder), served_model_name=MODEL),
+                    ),
+                    Tracing(),
+                ):
+                    pytest.fail("it must not start")
+            assert raised.group_contains(OSError, match="in use")
+        assert not (await client.list_prefix(coordinators_prefix("default"))).entries
+
+
+PROGRAM = """
+import sys
+from kvrelay.coordinator.config import CoordinatorConfig
+from kvrelay.coordinator.front_end import FrontEndConfig
+from kvrelay.coordinator.main import run_coordinator
+
+sys.exit(run_coordinator(CoordinatorConfig(
+    coordinator_id="c1", etcd=[sys.argv[1]], http_listen="127.0.0.1:0", grpc_listen="127.0.0.1:0",
+    front_end=FrontEndConfig(model=sys.argv[2], served_model_name="m"), drain_s=1.0,
+)))
+"""
+
+
+async def test_sigterm_ends_the_process_in_order(model_folder: Path) -> None:
+    async with etcd_client() as (endpoint, client):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", PROGRAM, endpoint, str(model_folder), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            async with asyncio.timeout(60):
+                assert process.stdout is not None
+                async for line in process.stdout:
+                    if b"grpc_address" in line:
+                        break
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                output = await process.stdout.read()
+                assert await process.wait() == 0
+            assert b"leaving" in output
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert not (await client.list_prefix(coordinators_prefix("default"))).entries
