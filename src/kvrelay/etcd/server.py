@@ -6,9 +6,11 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -158,9 +160,10 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 def _terminate(process: asyncio.subprocess.Process) -> None:
+    """By the system call: asyncio's own method may reap the process before its watcher does."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
-            process.terminate()
+            os.kill(process.pid, signal.SIGTERM)
 
 
 async def _wait_for_address(process: asyncio.subprocess.Process) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
@@ -136,12 +137,11 @@ async def test_a_dead_endpoint_is_passed_over(etcd: EtcdProcess) -> None:
 
 
 async def test_a_silent_endpoint_is_passed_over(etcd: EtcdProcess) -> None:
-    silent = await asyncio.start_server(_accept_and_wait, "127.0.0.1", 0)
-    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
-    config = EtcdConfig(endpoints=[address, etcd.endpoint], attempt_timeout_s=0.2)
-    async with connect(config) as client:
-        await client.put(b"/a", b"1")
-    silent.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        config = EtcdConfig(endpoints=[address, etcd.endpoint], attempt_timeout_s=0.2)
+        async with connect(config) as client:
+            await client.put(b"/a", b"1")
 
 
 async def test_without_etcd_a_call_fails_in_time() -> None:
@@ -180,8 +180,3 @@ def _is_there(pid: int) -> bool:
 async def _first(watch: AsyncGenerator[list[Event], None]) -> list[Event]:
     async with asyncio.timeout(20), aclosing(watch) as batches:
         return await anext(batches)
-
-
-async def _accept_and_wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read()
-    writer.close()

@@ -43,7 +43,7 @@ asyncio.run(main())
 """
 
 
-def _worker(state: cluster_pb2.WorkerState = cluster_pb2.WORKER_STATE_READY) -> cluster_pb2.WorkerInfo:
+def _worker(state: cluster_pb2.WorkerState.ValueType = cluster_pb2.WORKER_STATE_READY) -> cluster_pb2.WorkerInfo:
     return cluster_pb2.WorkerInfo(worker_id="w", address="127.0.0.1:1", state=state)
 
 

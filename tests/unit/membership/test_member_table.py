@@ -16,7 +16,7 @@ from tests.support.recording_members import RecordingMembers
 PREFIX = workers_prefix("c")
 
 
-def _entry(worker_id: str, state: cluster_pb2.WorkerState = cluster_pb2.WORKER_STATE_READY) -> KeyValue:
+def _entry(worker_id: str, state: cluster_pb2.WorkerState.ValueType = cluster_pb2.WORKER_STATE_READY) -> KeyValue:
     info = cluster_pb2.WorkerInfo(worker_id=worker_id, state=state)
     return KeyValue(key=PREFIX + worker_id.encode(), value=info.SerializeToString())
 
