@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -20,11 +18,12 @@ from grpc_reflection.v1alpha import reflection
 
 from kvrelay import __version__, etcd, grpc_options, logs, membership
 from kvrelay.decode_worker.runner import DecodeRole
-from kvrelay.engine.base import Engine, EngineDeadError, EngineInfo
+from kvrelay.engine.base import EngineDeadError, EngineInfo
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.launch.engines import EngineChoice, make_engine
 from kvrelay.prefill_worker.runner import PrefillRole
+from kvrelay.signals import stop_on_signals
 from kvrelay.tracing import Tracing, configure_tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
@@ -72,7 +71,7 @@ def run_worker(config: WorkerConfig) -> int:
 
 
 async def _serve(config: WorkerConfig) -> None:
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     name = cluster_pb2.Role.Name(config.role).removeprefix("ROLE_").lower() + "-worker"
     tracing = configure_tracing(f"kvrelay-{name}", config.otlp_endpoint, instance_id=config.worker_id)
     started = time.monotonic()
@@ -145,17 +144,3 @@ def _worker_info(config: WorkerConfig, engine: EngineInfo, address: str) -> clus
         incarnation=secrets.token_hex(8),
         started_unix_ns=time.time_ns(),
     )
-
-
-def _stop_on_signals() -> asyncio.Event:
-    """The first SIGTERM or SIGINT asks to stop, the second ends the process at once."""
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return stop
