@@ -1,47 +1,68 @@
-"""How does a process log? Structured, for people on a terminal or as JSON for machines."""
+"""How does a process log? Structured lines on stderr, for people or for machines, the standard library's included."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Literal, TextIO, cast
 
-import orjson
 import structlog
+from structlog.typing import Processor
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+LogFormat = Literal["console", "json"]
+
+_QUIET = ("httpx", "httpcore", "asyncio", "hpack", "grpc", "urllib3", "filelock", "huggingface_hub")
+"""Loggers that speak of every request; they start at warning."""
 
 
-def configure(*, level: str = "info", log_format: str = "console") -> None:
-    """Send this process's logs to stderr, the standard library's among them.
+def configure(*, level: str = "info", log_format: str = "console", stream: TextIO | None = None) -> None:
+    """Send everything that is logged to `stream` (stderr), from `level` on; a later call replaces an earlier one.
 
-    `level` is a key of `LEVELS`, `log_format` is `console` or `json`; raises `ValueError` for others. vLLM keeps its own
-    handlers and its own format.
+    Colours appear on a terminal only. Raises `ValueError` for an unknown level or format.
     """
-    if level not in LEVELS or log_format not in ("console", "json"):
-        raise ValueError(f"log level {level!r} is one of {', '.join(LEVELS)}, log format {log_format!r} console or json")
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"there is no log level {level!r}; take debug, info, warning or error")
+    if log_format not in ("console", "json"):
+        raise ValueError(f"there is no log format {log_format!r}; take console or json")
+    target = stream or sys.stderr
+    handler = logging.StreamHandler(target)
+    renderers = _renderers(cast("LogFormat", log_format), target)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=_common(), processors=[remove, *renderers])
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(number)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_common(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_render(log_format)))
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(LEVELS[level])
 
 
-def _render(log_format: str) -> list[Any]:
-    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    if log_format == "console":
-        return [remove, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    to_text = structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode())
-    return [remove, structlog.processors.dict_tracebacks, to_text]
+def _common() -> list[Processor]:
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+
+
+def _renderers(log_format: LogFormat, stream: TextIO) -> list[Processor]:
+    if log_format == "json":
+        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]

@@ -24,7 +24,7 @@ from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.launch.engines import EngineChoice, make_engine
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.signals import stop_on_signals
-from kvrelay.tracing import Tracing, configure_tracing
+from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
@@ -62,12 +62,13 @@ def run_worker(config: WorkerConfig) -> int:
     with tempfile.TemporaryDirectory(prefix="kvrelay-worker-") as scratch:
         # vLLM puts its sockets there; its own default is never cleaned.
         os.environ["VLLM_RPC_BASE_PATH"] = scratch
+        exit_code = 0
         try:
             uvloop.run(_serve(config))
         except* EngineDeadError as dead:
             _log.error("engine died", error=str(dead.exceptions[0]))
-            return EXIT_ENGINE_DEAD
-    return 0
+            exit_code = EXIT_ENGINE_DEAD
+    return exit_code
 
 
 async def _serve(config: WorkerConfig) -> None:
