@@ -148,9 +148,9 @@ class ClusterEngine(EngineControls):
             trace.close(str(error))
             raise
         finally:
+            trace.close("" if finished else "cancelled")
             if queue is not None and not finished:
                 self._abort([queue.request_id], internal=True)
-            trace.close("cancelled")
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by the ids that `generate` was given."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
@@ -313,6 +315,52 @@ async def test_tokens_of_one_step_reach_several_requests(front_end: FrontEnd) ->
         cluster.decode.send(*[delta(decode.request_id, [50 + i], finish) for i, decode in enumerate(decodes)])
         results = await asyncio.gather(*tasks)
         assert sorted(result.token_ids[0] for result in results) == [[50], [51], [52]]
+        cluster.assert_idle()
+
+
+async def test_grammar_reaches_decode_with_its_engine_resolved(front_end: FrontEnd) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    async with fake_cluster(front_end) as cluster:
+        cluster.prefill.respond = lambda worker, message: worker.send(
+            delta(message.prefill.request_id, [5], common_pb2.FINISH_REASON_LENGTH)
+        )
+        structured = StructuredOutputsParams(json=schema)
+        generating = asyncio.create_task(cluster.generate(PROMPT, temperature=0.0, structured_outputs=structured))
+        (decode,) = await cluster.decode.wait_for("decode")
+        assert list(decode.prompt_token_ids) == PROMPT
+        assert json.loads(decode.sampling.structured_output.json_schema) == schema
+        assert decode.sampling.structured_output.backend == "xgrammar"
+        (prefill,) = cluster.prefill.messages("prefill")
+        assert not prefill.sampling.HasField("structured_output")
+        cluster.decode.send(delta(decode.request_id, [6], common_pb2.FINISH_REASON_LENGTH))
+        assert (await generating).token_ids[0] == [6]
+
+
+async def test_abort_by_the_callers_id_ends_the_request(front_end: FrontEnd) -> None:
+    async with fake_cluster(front_end) as cluster:
+        generating = asyncio.create_task(cluster.generate([1], "mine", temperature=0.0))
+        await cluster.decode.wait_for("decode")
+        await cluster.engine.abort("mine")
+        assert (await generating).finish_reason[0] == "abort"
+        await cluster.decode.wait_for("cancel")
+        cluster.assert_idle()
+
+
+async def test_delta_that_contradicts_itself_fails_its_own_request_only(front_end: FrontEnd) -> None:
+    async with fake_cluster(front_end) as cluster:
+        good = asyncio.create_task(cluster.generate([1], "good", temperature=0.0))
+        (first,) = await cluster.decode.wait_for("decode")
+        bad = asyncio.create_task(cluster.generate([1], "bad", temperature=0.0, logprobs=1))
+        _, second = await cluster.decode.wait_for("decode", 2)
+        broken = common_pb2.Logprobs(width=2, token_ids=[1], sampled_ranks=[1])
+        cluster.decode.send(
+            delta(second.request_id, [7], logprobs=broken),
+            delta(first.request_id, [8], common_pb2.FINISH_REASON_LENGTH),
+        )
+        assert (await good).token_ids[0] == [8]
+        with pytest.raises(ClusterRequestError, match="could not be processed"):
+            await bad
+        await cluster.decode.wait_for("cancel")
         cluster.assert_idle()
 
 
