@@ -31,6 +31,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         fingerprint: bytes = b"layout",
     ) -> None:
         self.respond = respond
+        self.num_sessions = 0
         self.received: list[worker_pb2.CoordinatorMessage] = []
         self.info = cluster_pb2.WorkerInfo(
             worker_id=worker_id,
@@ -45,10 +46,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self._outbox: asyncio.Queue[worker_pb2.WorkerMessage | None] = asyncio.Queue()
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> None:
+    async def start(self, listen: str = "127.0.0.1:0") -> None:
         self._server = grpc.aio.server(options=server_options())
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
-        self.info.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.info.address = f"127.0.0.1:{self._server.add_insecure_port(listen)}"
         await self._server.start()
 
     async def stop(self) -> None:
@@ -60,6 +61,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self, requests: AsyncIterator[worker_pb2.CoordinatorMessage], context: Any
     ) -> AsyncIterator[worker_pb2.WorkerMessage]:
         self._outbox = asyncio.Queue()
+        self.num_sessions += 1
         hello = await anext(aiter(requests))
         assert hello.WhichOneof("message") == "hello"
         yield worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self.info))
