@@ -31,7 +31,8 @@ class DecodeRole:
         work.timeline.counters["decode.tokens_loaded"] = stored.load_tokens
         if transfer is not None:
             work.timeline.counters["kv.received_bytes"] = transfer.received_bytes
-            work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
+            if transfer.received_bytes:
+                work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
         submission = await host.submit(work, hasher, stored, save_partial=False, sink=sink)
         try:
             await submission.ended.wait()

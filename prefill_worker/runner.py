@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import structlog
 
+from kvrelay.errors import KvrelayError, NoWorkersError
+from kvrelay.kv_transfer.peer import LayoutRefusedError
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.tracing import Span
 from kvrelay.v1 import kv_transfer_pb2, worker_pb2
@@ -29,7 +32,7 @@ class PrefillRole:
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
         hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
-        with host.tracing.start_span("kv.push", request.trace) as span:
+        with host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
             push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes))
             try:
                 host.store.pin(stored.present)
@@ -66,13 +69,29 @@ class PrefillRole:
         return Push(host.peers.get(request.decode_address), host.segment, offer, host.store.unpin)
 
     async def _run_push(self, push: Push, request_id: str, span: Span) -> None:
-        result = await push.run()
+        try:
+            result = await push.run()
+        except LayoutRefusedError as error:
+            # Every request between these two would be computed twice: say so.
+            raise NoWorkersError(str(error)) from error
         self._host.counters["blocks_pushed"] += result.num_blocks
         self._host.counters["bytes_pushed"] += result.num_bytes
         span.set({"kv.blocks": result.num_blocks, "kv.bytes": result.num_bytes, "kv.resent": result.num_resent_frames})
         if result.error:
             span.fail(result.error)
             _log.warning("push incomplete", request_id=request_id, error=result.error)
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """A task group inside raises its first `KvrelayError` itself: the session tells the coordinator."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        for error in group.exceptions:
+            if isinstance(error, KvrelayError):
+                raise error from group
+        raise
 
 
 class _Outgoing:

@@ -76,7 +76,12 @@ class WorkerHost:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt_token_ids)} tokens; allowed are 1 to {limit - 1}", field="prompt"
             )
-        ids = itertools.chain(prompt_token_ids, params.allowed_token_ids, params.logit_bias, params.all_stop_token_ids)
+        if not all(word.ids for word in params.bad_words_token_ids):
+            raise InvalidRequestError("a word of bad_words has no tokens", field="bad_words")
+        words = itertools.chain.from_iterable(word.ids for word in params.bad_words_token_ids)
+        ids = itertools.chain(
+            prompt_token_ids, params.allowed_token_ids, params.logit_bias, params.all_stop_token_ids, words
+        )
         if max(ids) >= self.info.vocab_size:
             raise InvalidRequestError(
                 f"a token id is outside of the vocabulary of {self.info.vocab_size} tokens", field="prompt"

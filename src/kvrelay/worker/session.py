@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import structlog
 
@@ -14,6 +15,8 @@ from kvrelay.worker.role import DecodeRunner, PrefillRunner
 _log = structlog.get_logger(__name__)
 _STATUS_INTERVAL_S = 0.25
 _Failed = worker_pb2.RequestFailed
+_Work = Callable[[], Awaitable[None]]
+"""Called in the job's own task: a job that is cancelled before it runs has started nothing."""
 
 
 class Session:
@@ -65,23 +68,20 @@ class Session:
     def _handle(self, message: worker_pb2.CoordinatorMessage, tasks: asyncio.TaskGroup) -> None:
         match message.WhichOneof("message"):
             case "prefill":
-                request = message.prefill
-                self._start(("prefill", request.request_id), self._prefill.prefill(request, self._add_delta), tasks)
+                prefill = partial(self._prefill.prefill, message.prefill, self._add_delta)
+                self._start("prefill", message.prefill.request_id, prefill, tasks)
             case "decode":
-                self._start(
-                    ("decode", message.decode.request_id),
-                    self._decode.decode(message.decode, self._add_delta),
-                    tasks,
-                )
+                decode = partial(self._decode.decode, message.decode, self._add_delta)
+                self._start("decode", message.decode.request_id, decode, tasks)
             case "cancel":
                 self._cancel(message.cancel.request_id)
 
-    def _start(self, key: tuple[str, str], work: Coroutine[None, None, None], tasks: asyncio.TaskGroup) -> None:
+    def _start(self, kind: str, request_id: str, work: _Work, tasks: asyncio.TaskGroup) -> None:
+        key = kind, request_id
         if key in self._jobs:
-            work.close()
-            self._fail(key[1], _Failed.REASON_INVALID, f"request {key[1]} is running already")
+            self._fail(request_id, _Failed.REASON_INVALID, f"request {request_id} is running already")
             return
-        job = self._jobs[key] = tasks.create_task(self._job(key[1], work), name=f"{key[0]}-{key[1]}")
+        job = self._jobs[key] = tasks.create_task(self._job(request_id, work), name=f"{kind}-{request_id}")
         job.add_done_callback(lambda _: self._jobs.pop(key))
 
     def _cancel(self, request_id: str) -> None:
@@ -91,9 +91,9 @@ class Session:
                 job.cancel()
         self._decode.forget(request_id)
 
-    async def _job(self, request_id: str, work: Coroutine[None, None, None]) -> None:
+    async def _job(self, request_id: str, work: _Work) -> None:
         try:
-            await work
+            await work()
         except InvalidRequestError as error:
             self._fail(request_id, _Failed.REASON_INVALID, error.message)
         except KvrelayError as error:

@@ -19,7 +19,7 @@ BLOCKS = list(range(7, 17))
 def plan_of(
     *, load: Sequence[int] = (), save: Sequence[int] = (), generated: bool = True, **values: int
 ) -> ConnectorPlan:
-    """A plan with one request, whose loaded blocks are full and whose saved blocks follow them unless `values` say so."""
+    """One request: full blocks are loaded, those after them saved, unless `values` say something else."""
     defaults = {"ticket": 1, "load_tokens": len(load) * BLOCK, "first_save": len(load), "partial_tokens": 0}
     plan = ConnectorPlan(BLOCK, save_generated=generated)
     plan.add("r", {**defaults, **values, "load": list(load), "save": list(save)})
