@@ -2,7 +2,7 @@
 
     from kvrelay.client import Client
 
-    with Client("localhost:8001") as client:
+    with Client("localhost:50051") as client:
         for chunk in client.stream("The capital of France is", max_tokens=16):
             print(chunk.text, end="")
 

@@ -11,7 +11,7 @@ import grpc
 
 from kvrelay.etcd import EtcdConfig, connect
 from kvrelay.grpc_options import open_channel
-from kvrelay.membership import worker_key
+from kvrelay.membership import list_workers
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
 
@@ -46,8 +46,7 @@ async def collect_workers(etcd: Sequence[str], cluster: str, timeout_s: float) -
     Raises `EtcdError` when etcd does not answer.
     """
     async with connect(EtcdConfig(endpoints=list(etcd), timeout_s=max(timeout_s, 2.0))) as client:
-        listing = await client.list_prefix(worker_key(cluster, ""))
-    infos = [cluster_pb2.WorkerInfo.FromString(entry.value) for entry in listing.entries]
+        infos = await list_workers(client, cluster)
     rows = await asyncio.gather(*(_row(info, timeout_s) for info in infos))
     return sorted(rows, key=lambda row: (row.role != "prefill", row.worker_id))
 

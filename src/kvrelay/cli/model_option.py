@@ -17,7 +17,7 @@ class FoundModel:
     served_name: str
 
 
-def find_model(model: str, served_name: str | None, engine: EngineKind) -> FoundModel:
+def find_model(model: str, served_name: str | None, engine: EngineKind = EngineKind.VLLM) -> FoundModel:
     """Prepare the default model if it is that one; leaves with a message when there is no such model.
 
     The simulated engine has no files; only the name counts.

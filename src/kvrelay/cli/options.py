@@ -34,11 +34,12 @@ class LogLevel(StrEnum):
 
 
 HTTP = Address("127.0.0.1", 8000)
-GRPC = Address("127.0.0.1", 8001)
+GRPC = Address("127.0.0.1", 50051)
 KV_HOST_BYTES = 2 << 30
 
 CLUSTER = "The cluster"
 MODEL = "The model"
+API = "The API"
 NETWORK = "The network"
 OBSERVE = "Seeing it"
 
@@ -122,7 +123,9 @@ AdvertiseOption = Annotated[
 ]
 WorkerIdOption = Annotated[
     str | None,
-    typer.Option("--worker-id", metavar="ID", rich_help_panel=CLUSTER, help="Default: role, host name and a number."),
+    typer.Option(
+        "--worker-id", metavar="ID", rich_help_panel=CLUSTER, help="Default: role, host name and random characters."
+    ),
 ]
 HttpOption = Annotated[
     Address,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +13,7 @@ from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import find_model
 from kvrelay.cli.parsing import Address, Addresses, check_engine_options
 from kvrelay.cli.preflight import advertised, check_can_listen, check_etcd, check_otlp
+from kvrelay.cli.process_id import own_id
 
 LOOPBACK = Address("127.0.0.1", 0)
 
@@ -58,7 +57,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
         flags = _WorkerFlags(
             etcd=etcd,
             cluster=cluster,
-            worker_id=worker_id or _own_id(role),
+            worker_id=worker_id or own_id(role),
             model=model,
             served_model_name=served_model_name,
             engine=engine,
@@ -97,7 +96,7 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
     check_can_listen("--listen", flags.listen)
     check_etcd(flags.etcd)
     found = find_model(flags.model, flags.served_model_name, flags.engine)
-    with process_errors(flags.log_level):
+    with process_errors(flags.log_level.value):
         from kvrelay.launch.engines import EngineChoice
         from kvrelay.launch.worker import WorkerConfig, run_worker
         from kvrelay.v1 import cluster_pb2
@@ -123,7 +122,3 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
         )
         exit_code = run_worker(config)
     raise typer.Exit(exit_code)
-
-
-def _own_id(role: str) -> str:
-    return f"{role}-{socket.gethostname().partition('.')[0]}-{secrets.token_hex(2)}"

@@ -63,7 +63,7 @@ def test_several_completions_are_numbered(service: ScriptedInference) -> None:
     [
         (grpc.StatusCode.INVALID_ARGUMENT, 2),
         (grpc.StatusCode.NOT_FOUND, 2),
-        (grpc.StatusCode.UNAVAILABLE, 3),
+        (grpc.StatusCode.UNAVAILABLE, 4),
         (grpc.StatusCode.INTERNAL, 1),
     ],
 )
@@ -76,7 +76,7 @@ def test_errors_are_one_line_and_a_code(service: ScriptedInference, code: grpc.S
 
 def test_nobody_answering_says_what_to_do() -> None:
     result = run("generate", "x", "--address", "127.0.0.1:1")
-    assert result.exit_code == 3
+    assert result.exit_code == 4
     assert result.stderr.startswith("kvrelay: no coordinator answers at 127.0.0.1:1")
     assert "kvrelay up" in result.stderr
     assert result.stderr.count("\n") == 1
