@@ -15,7 +15,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvrelay import __version__
+from kvrelay import __version__, logs
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import build_front_end
@@ -41,6 +41,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 def run_coordinator(config: CoordinatorConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure(level=config.log_level, log_format=config.log_format)
     _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
     uvloop.run(serve(config))
     return 0

@@ -159,7 +159,13 @@ sys.exit(run_coordinator(CoordinatorConfig(
 async def test_sigterm_ends_the_process_in_order(model_folder: Path) -> None:
     async with etcd_client() as (endpoint, client):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROGRAM, endpoint, str(model_folder), stdout=asyncio.subprocess.PIPE
+            sys.executable,
+            "-c",
+            PROGRAM,
+            endpoint,
+            str(model_folder),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
         try:
             async with asyncio.timeout(60):
