@@ -9,7 +9,7 @@ import typer
 
 from kvrelay.cli.failure import client_errors, fail
 from kvrelay.cli.parsing import Address, Addresses, parse_address, parse_addresses
-from kvrelay.cli.running import running_coordinator, running_etcd
+from kvrelay.cli.running import coordinator_address, etcd_and_cluster
 
 if TYPE_CHECKING:
     from kvrelay.client import GenerateOptions
@@ -54,7 +54,7 @@ def chat(
     from kvrelay.client.chat import ChatSession
 
     options = _options(model=model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with client_errors(), Client(str(address or running_coordinator())) as client:
+    with client_errors(), Client(str(address or coordinator_address())) as client:
         names = [served.name for served in client.models()]
         terminal = _terminal(f"{model or ', '.join(names)} at {client.address}")
         ChatSession(client, terminal, options, system).run()
@@ -101,7 +101,7 @@ def generate(
         timeout_s=timeout_s,
     )
     show = print_json if as_json else print_stream
-    with client_errors(), Client(str(address or running_coordinator())) as client:
+    with client_errors(), Client(str(address or coordinator_address())) as client:
         show(client, [Message("user", text)] if as_chat else text, options, _write)
 
 
@@ -115,7 +115,9 @@ def workers(
             help="The cluster's etcd. Default: that of the `kvrelay up` running here.",
         ),
     ] = None,
-    cluster: Annotated[str, typer.Option(help="Name of the cluster in etcd.")] = "default",
+    cluster: Annotated[
+        str | None, typer.Option(help="Name of the cluster in etcd. Default: that of the running `kvrelay up`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of the table.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Longest wait for a worker, seconds.")] = 2.0,
 ) -> None:
@@ -125,7 +127,7 @@ def workers(
     """
     from kvrelay.cli.worker_table import show_workers
 
-    show_workers(etcd or running_etcd(), cluster, as_json=as_json, timeout_s=timeout_s)
+    show_workers(*etcd_and_cluster(etcd, cluster), as_json=as_json, timeout_s=timeout_s)
 
 
 def _options(**values: object) -> GenerateOptions:
@@ -150,7 +152,7 @@ def _terminal(title: str) -> Terminal:
     console = Console(highlight=False)
 
     def note(text: str) -> None:
-        console.print(text, style="dim", markup=False)
+        console.print(text, style="dim", markup=False, soft_wrap=True)
 
     if interactive:
         import readline  # noqa: F401 - editing and history for input()
