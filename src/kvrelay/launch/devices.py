@@ -1,0 +1,97 @@
+"""Which cores or GPUs does each engine on this machine get?"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+_GPU_MEMORY_SHARE = 0.9
+_GPU_MEMORY_OPTION = "--gpu-memory-utilization"
+_PARALLEL_OPTIONS = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one engine's process is told."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()
+    """For the engine's command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What the machine has. `gpus` are ids as CUDA_VISIBLE_DEVICES takes them; none means CPU engines."""
+
+    cores: Sequence[int]
+    gpus: Sequence[str] = ()
+
+
+def detect(environment: Mapping[str, str]) -> Devices:
+    """Without loading any driver."""
+    return Devices(sorted(os.sched_getaffinity(0)), _gpus(environment))
+
+
+def shares(devices: Devices, num_engines: int, engine_options: Sequence[str], kv_cache_gib: int) -> list[Share]:
+    """One share per engine; they overlap only where there are fewer devices than engines."""
+    if devices.gpus:
+        return _gpu_shares(devices.gpus, num_engines, engine_options)
+    common = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
+    if num_engines < 2:
+        return [Share(common)] * num_engines
+    return [
+        Share({**common, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))})
+        for cores in _core_shares(devices.cores, num_engines)
+    ]
+
+
+def _core_shares(cores: Sequence[int], num_engines: int) -> list[Sequence[int]]:
+    """Neighbouring cores, as many for each; what cannot be divided is left to the other processes."""
+    size = len(cores) // num_engines
+    if size == 0:
+        return [[cores[index % len(cores)]] for index in range(num_engines)]
+    return [cores[index * size : (index + 1) * size] for index in range(num_engines)]
+
+
+def _gpu_shares(gpus: Sequence[str], num_engines: int, engine_options: Sequence[str]) -> list[Share]:
+    """Each as many as its parallelism needs; the memory of a shared one is divided unless the user says otherwise."""
+    size = min(len(gpus), _gpus_per_engine(engine_options))
+    groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
+    engines_per_group = -(-num_engines // len(groups))
+    options: tuple[str, ...] = ()
+    if engines_per_group > 1 and not any(word.startswith(_GPU_MEMORY_OPTION) for word in engine_options):
+        options = (_GPU_MEMORY_OPTION, f"{_GPU_MEMORY_SHARE / engines_per_group:.2f}")
+    return [
+        Share({"CUDA_VISIBLE_DEVICES": ",".join(groups[index % len(groups)])}, options) for index in range(num_engines)
+    ]
+
+
+def _gpus_per_engine(engine_options: Sequence[str]) -> int:
+    words = [part for word in engine_options for part in word.split("=", 1)]
+    size = 1
+    for option, value in itertools.pairwise(words):
+        if option in _PARALLEL_OPTIONS and value.isdecimal():
+            size *= int(value)
+    return max(1, size)
+
+
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+    if _is_cpu_build():
+        return []
+    if (chosen := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    nodes = [match[1] for path in Path("/dev").glob("nvidia*") if (match := re.fullmatch(r"nvidia(\d+)", path.name))]
+    return [str(index) for index in range(len(nodes))]
+
+
+def _is_cpu_build() -> bool:
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True

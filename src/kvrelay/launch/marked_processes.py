@@ -1,0 +1,48 @@
+"""Which processes belong to a run, whoever their parents are by now?"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from kvrelay import keeper
+
+VARIABLE = "KVRELAY_CHILD"
+"""Holds `<run>/<child>` in the environment of a child and of all that descend from it."""
+
+_POLL_S = 0.02
+_TIMEOUT_S = 5.0
+
+
+def mark(run_id: str, child: str = "") -> str:
+    """The variable's value for a child; without one, what the values of all children begin with."""
+    return f"{run_id}/{child}"
+
+
+def marked(value: str, *, whole: bool) -> list[int]:
+    """Live processes of this user whose mark is `value`, or begins with it."""
+    wanted = f"{VARIABLE}={value}".encode()
+    return [
+        int(process.name)
+        for process in Path("/proc").iterdir()
+        if process.name.isdecimal() and _has(process, wanted, whole=whole)
+    ]
+
+
+async def end_marked(value: str, *, whole: bool) -> int:
+    """SIGKILL such processes and wait until they are gone; returns how many there were."""
+    found: set[int] = set()
+    deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+    while (pids := marked(value, whole=whole)) and asyncio.get_running_loop().time() < deadline:
+        found.update(pids)
+        keeper.kill(pids)
+        await asyncio.sleep(_POLL_S)
+    return len(found)
+
+
+def _has(process: Path, wanted: bytes, *, whole: bool) -> bool:
+    try:
+        variables = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable == wanted if whole else variable.startswith(wanted) for variable in variables)

@@ -1,0 +1,76 @@
+"""Where do the processes of one run listen, log and keep their files?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrelay.launch.state import RunningCluster
+
+_MAX_KEPT_LOGS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Addresses and directories, every port chosen."""
+
+    etcd: Sequence[str]
+    http: str
+    grpc: str
+    log_dir: Path
+    run_dir: Path
+
+    @property
+    def http_url(self) -> str:
+        """The OpenAI API as this machine reaches it, without /v1."""
+        return f"http://{_dialled(self.http)}"
+
+    @property
+    def grpc_address(self) -> str:
+        """The gRPC API as this machine reaches it."""
+        return _dialled(self.grpc)
+
+    def running_cluster(self, *, cluster: str, model: str) -> RunningCluster:
+        """What this process says about itself."""
+        return RunningCluster(
+            pid=os.getpid(),
+            http_url=self.http_url,
+            grpc_address=self.grpc_address,
+            etcd=tuple(self.etcd),
+            cluster=cluster,
+            model=model,
+            log_dir=str(self.log_dir),
+            run_dir=str(self.run_dir),
+        )
+
+
+def with_port(address: str) -> str:
+    """The address with a port that is free now, where it has port 0."""
+    host, _, port = address.rpartition(":")
+    if port != "0":
+        return address
+    name = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as probe:
+        probe.bind((name, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def new_log_dir(state_dir: Path) -> Path:
+    """A directory for this run's logs; of earlier ones the newest are kept."""
+    logs = state_dir / "logs"
+    log_dir = logs / time.strftime("%Y%m%d-%H%M%S")
+    log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for old in sorted(path for path in logs.iterdir() if path.is_dir())[:-_MAX_KEPT_LOGS]:
+        shutil.rmtree(old, ignore_errors=True)
+    return log_dir
+
+
+def _dialled(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - read, not bound
+    return f"{everywhere.get(host, host)}:{port}"
