@@ -1,0 +1,312 @@
+"""A prefill and a decode worker in this process, real but for their model, and a coordinator written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+
+from kvrelay.decode_worker.runner import DecodeRole
+from kvrelay.engine.simulated import SimulatedEngine
+from kvrelay.engine.simulated_model import SimulatedConfig
+from kvrelay.grpc_options import open_channel, server_options
+from kvrelay.kv_transfer.receiver import Receiver
+from kvrelay.kv_transfer.segment import HEADER_BYTES
+from kvrelay.kv_transfer.service import KvTransferService, add_to_server
+from kvrelay.prefill_worker.runner import PrefillRole
+from kvrelay.tracing import Tracing
+from kvrelay.v1 import cluster_pb2, common_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.service import WorkerService
+from tests.support.eventually import eventually
+
+CONFIG = SimulatedConfig(
+    num_layers=2,
+    num_kv_heads=1,
+    head_elements=16,
+    block_size_tokens=4,
+    vocab_size=1000,
+    max_model_len_tokens=256,
+    num_engine_blocks=256,
+    max_batched_tokens=32,
+    time_scale=0,
+)
+BLOCK = CONFIG.block_size_tokens
+
+
+class Gate:
+    """Lets everybody pass while it is open, and counts who has come."""
+
+    def __init__(self) -> None:
+        self.num_arrived = 0
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def shut(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def pass_through(self, *_: object) -> None:
+        self.num_arrived += 1
+        await asyncio.sleep(0)
+        await self._open.wait()
+
+
+class GatedKvService(KvTransferService):
+    """Stops offers and frames at gates."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        super().__init__(receiver)
+        self.offers = Gate()
+        self.frames = Gate()
+
+    async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> kv_transfer_pb2.Want:
+        await self.offers.pass_through()
+        return await super().offer(request, context)
+
+    async def push(self, frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[kv_transfer_pb2.FrameAck]:
+        async def gated() -> AsyncIterator[bytes]:
+            async for frame in frames:
+                await self.frames.pass_through()
+                yield frame
+
+        async for ack in super().push(gated(), context):
+            yield ack
+
+
+@dataclass(slots=True)
+class Node:
+    """One worker."""
+
+    worker_id: str
+    host: WorkerHost
+    kv: GatedKvService
+    steps: Gate
+    """Every step of the engine passes it."""
+    address: str
+    server: grpc.aio.Server
+
+    def status(self) -> worker_pb2.WorkerStatus:
+        return self.host.status(self.worker_id)
+
+    def is_idle(self) -> bool:
+        """Whether nothing of any request is left."""
+        status = self.status()
+        return not (
+            status.num_running_requests
+            or status.num_waiting_requests
+            or status.num_queued_prompt_tokens
+            or status.engine_kv_usage
+            or status.store.num_reserved
+            or status.store.num_pinned
+            or status.num_incoming_transfers
+            or status.num_outgoing_transfers
+        )
+
+
+@contextlib.asynccontextmanager
+async def open_node(
+    worker_id: str, *, config: SimulatedConfig = CONFIG, num_slots: int = 512, hold_s: float = 60.0
+) -> AsyncIterator[Node]:
+    """Run a worker that can do both jobs; it must be idle at the end, with all its slots accounted for."""
+    steps = Gate()
+    engine = SimulatedEngine(config, sleep=steps.pass_through)
+    store = StoreConfig(size_bytes=HEADER_BYTES + num_slots * config.block_bytes, transfer_hold_s=hold_s)
+    async with open_host(engine, store, Tracing()) as host:
+        server = grpc.aio.server(options=server_options())
+        kv = GatedKvService(host.receiver)
+        add_to_server(kv, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        info = cluster_pb2.WorkerInfo(worker_id=worker_id, address=address, layout=host.info.layout)
+        service = WorkerService(
+            lambda: info, lambda: host.status(worker_id), PrefillRole(host, worker_id), DecodeRole(host)
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+        await server.start()
+        node = Node(worker_id, host, kv, steps, address, server)
+        try:
+            yield node
+            for gate in (kv.offers, kv.frames, steps):
+                gate.open()
+            await eventually(node.is_idle, f"{worker_id} is idle; {node.status()}")
+            usage = node.status().store
+            assert usage.num_free + usage.num_evictable + usage.num_granted == usage.num_slots
+        finally:
+            await server.stop(None)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came for one message."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: int = 0
+    failed: worker_pb2.RequestFailed | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.finish_reason) or self.failed is not None
+
+    def add(self, delta: worker_pb2.TokenDelta) -> None:
+        assert not self.is_over, "a delta after the last one"
+        self.token_ids.extend(delta.token_ids)
+        self.finish_reason = delta.finish_reason
+        if delta.HasField("num_cached_tokens"):
+            self.num_cached_tokens = delta.num_cached_tokens
+        if delta.HasField("timeline"):
+            self.counters.update(delta.timeline.counters)
+            self.events.extend(event.name for event in delta.timeline.events)
+
+
+class Link:
+    """One coordinator's session with one worker. Answers by request id."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+        self.answers: dict[str, Answer] = {}
+        self.hello: worker_pb2.WorkerHello | None = None
+        self.statuses: list[worker_pb2.WorkerStatus] = []
+        self._call = self.stub.Session()
+        self._outbox: asyncio.Queue[worker_pb2.CoordinatorMessage] = asyncio.Queue()
+
+    async def write(self) -> None:
+        """Until the stream breaks: a gRPC stream takes one message at a time."""
+        hello = worker_pb2.CoordinatorHello(coordinator_id="test")
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            await self._call.write(worker_pb2.CoordinatorMessage(hello=hello))
+            while True:
+                await self._call.write(await self._outbox.get())
+
+    async def read(self) -> None:
+        """Until the stream breaks."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            async for message in self._call:
+                self._take(message)
+
+    def _take(self, message: worker_pb2.WorkerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "hello":
+                self.hello = message.hello
+            case "step":
+                for delta in message.step.deltas:
+                    self.answers[delta.request_id].add(delta)
+            case "failed":
+                self.answers[message.failed.request_id].failed = message.failed
+            case "status":
+                self.statuses.append(message.status)
+
+    def prefill(self, request: worker_pb2.Prefill) -> Answer:
+        """Send it; the answer fills itself."""
+        answer = self.answers[request.request_id] = Answer()
+        self._outbox.put_nowait(worker_pb2.CoordinatorMessage(prefill=request))
+        return answer
+
+    def decode(self, request: worker_pb2.Decode) -> Answer:
+        """Send it; the answer fills itself."""
+        answer = self.answers[request.request_id] = Answer()
+        self._outbox.put_nowait(worker_pb2.CoordinatorMessage(decode=request))
+        return answer
+
+    def cancel(self, request_id: str) -> None:
+        """Send it; nothing answers."""
+        self._outbox.put_nowait(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id=request_id)))
+
+    def hang_up(self) -> None:
+        """Break the stream, as a coordinator does that dies."""
+        self._call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def open_link(node: Node) -> AsyncIterator[Link]:
+    async with open_channel(node.address) as channel, asyncio.TaskGroup() as tasks:
+        link = Link(channel)
+        loops = [tasks.create_task(link.read()), tasks.create_task(link.write())]
+        try:
+            yield link
+        finally:
+            link.hang_up()
+            for loop in loops:
+                loop.cancel()
+
+
+def sampling(max_tokens: int, **values: Any) -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **values)
+
+
+@dataclass(slots=True)
+class Pair:
+    """Both workers and a session with each."""
+
+    p: Node
+    d: Node
+    to_p: Link
+    to_d: Link
+
+    def prefill(self, request_id: str, prompt: Sequence[int], **values: Any) -> Answer:
+        """Send a Prefill that samples one token."""
+        return self.to_p.prefill(
+            worker_pb2.Prefill(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                sampling=sampling(1),
+                decode_address=self.d.address,
+                decode_worker_id=self.d.worker_id,
+                **values,
+            )
+        )
+
+    def decode(
+        self, request_id: str, prompt: Sequence[int], num_tokens: int, *, kv_wait_ms: int = 10_000, **values: Any
+    ) -> Answer:
+        """Send a Decode."""
+        values.setdefault("sampling", sampling(num_tokens))
+        return self.to_d.decode(
+            worker_pb2.Decode(request_id=request_id, prompt_token_ids=prompt, kv_wait_ms=kv_wait_ms, **values)
+        )
+
+    async def generate(self, request_id: str, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], Answer]:
+        """The whole way: the first token from the prefill worker; all tokens, and the decode worker's answer."""
+        first = self.prefill(request_id, prompt)
+        await over(first)
+        assert first.failed is None, first.failed
+        rest = self.decode(request_id, [*prompt, *first.token_ids], num_tokens - 1)
+        await over(rest)
+        assert rest.failed is None, rest.failed
+        return first.token_ids + rest.token_ids, rest
+
+    def cancel(self, request_id: str) -> None:
+        """As a coordinator does whose client is gone."""
+        self.to_p.cancel(request_id)
+        self.to_d.cancel(request_id)
+
+    async def idle(self) -> None:
+        await eventually(lambda: self.p.is_idle() and self.d.is_idle(), "both workers are idle", timeout_s=5.0)
+
+
+async def over(answer: Answer) -> Answer:
+    """Wait for the last token, or the failure."""
+    await eventually(lambda: answer.is_over, f"an answer is over; {answer}", timeout_s=20.0)
+    return answer
+
+
+@contextlib.asynccontextmanager
+async def open_pair(*, p: dict[str, Any] | None = None, d: dict[str, Any] | None = None) -> AsyncIterator[Pair]:
+    """Both workers with a session each; `p` and `d` are arguments of `open_node`. Nothing runs at the end."""
+    async with (
+        open_node("p", **(p or {})) as p_node,
+        open_node("d", **(d or {})) as d_node,
+        open_link(p_node) as to_p,
+        open_link(d_node) as to_d,
+    ):
+        yield Pair(p_node, d_node, to_p, to_d)
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert not [name for name in names if name.startswith(("prefill-", "decode-", "push-", "engine-", "expire"))]
