@@ -28,7 +28,7 @@ from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.vllm_errors import to_vllm_error
 from kvrelay.coordinator.worker_pool import WorkerPool
-from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+from kvrelay.errors import InvalidRequestError, KvrelayError, NoWorkersError, OverloadedError
 from kvrelay.sampling import to_proto
 from kvrelay.tracing import Tracing, context_from_headers, current_context
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
@@ -132,7 +132,7 @@ class ClusterEngine(EngineControls):
                 raise InvalidRequestError("LoRA adapters are not offered", field="model")
             if sampling_params.structured_outputs and reasoning_parser_kwargs and not reasoning_ended:
                 raise InvalidRequestError("structured output after reasoning is not offered", field="response_format")
-            self._check_admission(sampling_params.n)
+            self._admit(sampling_params.n)
             check_request(sampling_params, priority, max_completions=self._config.max_completions_per_request)
             request = await self._process(prompt, sampling_params, request_id, tokenization_kwargs, priority)
             queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
@@ -151,6 +151,15 @@ class ClusterEngine(EngineControls):
             trace.close("" if finished else "cancelled")
             if queue is not None and not finished:
                 self._abort([queue.request_id], internal=True)
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse at once what `generate` would refuse now for want of room or workers."""
+        try:
+            if not self.is_ready:
+                raise NoWorkersError(f"no decode worker serves model {self.served_model_name!r} now; try again later")
+            self._admit(n)
+        except KvrelayError as error:
+            raise to_vllm_error(error) from error
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by the ids that `generate` was given."""
@@ -202,7 +211,7 @@ class ClusterEngine(EngineControls):
     def _serving(self) -> list[Any]:
         return [view for view in self._pool.views() if view.model == self.served_model_name]
 
-    def _check_admission(self, num_completions: int) -> None:
+    def _admit(self, num_completions: int) -> None:
         in_flight = self._outputs.get_num_unfinished_requests()
         if in_flight + num_completions > self._config.max_requests:
             raise OverloadedError(

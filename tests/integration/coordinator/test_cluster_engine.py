@@ -371,6 +371,8 @@ async def test_without_workers_a_request_is_refused_at_once(front_end: FrontEnd)
         with pytest.raises(ClusterRequestError) as raised:
             await cluster.generate(PROMPT)
         assert isinstance(raised.value.error, NoWorkersError)
+        with pytest.raises(ClusterRequestError, match="no decode worker"):
+            cluster.engine.check_admission()
         cluster.assert_idle()
 
 
