@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvrelay.kv_transfer.receiver import Transfer
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.host import WorkerHost
-from kvrelay.worker.submission import Sink
+from kvrelay.worker.submission import Sink, Submission
 from kvrelay.worker.work import Work
 
 
@@ -17,6 +17,14 @@ class DecodeRole:
 
     async def decode(self, request: worker_pb2.Decode, sink: Sink) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
+        with self._host.job():
+            submission = await self._submit(request, sink)
+            try:
+                await submission.ended.wait()
+            finally:
+                await self._host.abort(submission)
+
+    async def _submit(self, request: worker_pb2.Decode, sink: Sink) -> Submission:
         host = self._host
         transfer_id = request.prefill_request_id or request.request_id
         work = Work.of(request, "decode")
@@ -27,17 +35,13 @@ class DecodeRole:
             hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
         finally:
             host.receiver.let_go(transfer_id)
-        work.timeline.counters["decode.blocks_loaded"] = len(stored.load)
-        work.timeline.counters["decode.tokens_loaded"] = stored.load_tokens
-        if transfer is not None:
-            work.timeline.counters["kv.received_bytes"] = transfer.received_bytes
-            if transfer.received_bytes:
-                work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
-        submission = await host.submit(work, hasher, stored, save_partial=False, sink=sink)
-        try:
-            await submission.ended.wait()
-        finally:
-            await host.abort(submission)
+        counters = work.timeline.counters
+        counters["decode.blocks_loaded"] = len(stored.load)
+        counters["decode.tokens_loaded"] = stored.load_tokens
+        if transfer is not None and transfer.received_bytes:
+            counters["kv.received_bytes"] = transfer.received_bytes
+            work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
+        return await host.submit(work, hasher, stored, save_partial=False, sink=sink)
 
     async def _wait_for_blocks(self, transfer_id: str, request: worker_pb2.Decode) -> Transfer | None:
         if not request.kv_wait_ms:

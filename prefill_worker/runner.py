@@ -32,7 +32,7 @@ class PrefillRole:
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
         hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
-        with host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
+        with host.job(), host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
             push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes))
             try:
                 host.store.pin(stored.present)

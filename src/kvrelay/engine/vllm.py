@@ -55,6 +55,9 @@ _FINISH_REASONS = {
     FinishReason.REPETITION: common_pb2.FINISH_REASON_REPETITION,
 }
 
+_SHUTDOWN_S = 4.0
+"""The engine core gets this long before it is killed; its ranks need 3 s to leave Python."""
+
 
 class EngineOptionError(ValueError):
     """An engine option that cannot work here."""
@@ -148,7 +151,7 @@ class VllmEngine(Engine):
         if client is None:
             return
         asyncio.get_running_loop().remove_reader(self._reports.read_fd)
-        await asyncio.to_thread(client.shutdown, 5.0)
+        await asyncio.to_thread(client.shutdown, _SHUTDOWN_S)
         self._reports.close()
         self._grants.close()
 
@@ -163,8 +166,9 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
     """vLLM's own parser over our defaults and the given options, which win. Raises `EngineOptionError`."""
     defaults = ["--model", config.model, "--served-model-name", config.served_model_name]
     if current_platform.is_cpu():
-        # Compiling a graph takes minutes on a CPU; its attention kernels want multiples of 32.
-        defaults += ["--enforce-eager", "--block-size", "32"]
+        # Compiling a graph takes minutes on a CPU; its attention kernels want multiples of 32. Prompts are computed in
+        # chunks so that blocks of the first are on their way while the next is computed.
+        defaults += ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512"]
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
     try:
         args = parser.parse_args([*defaults, *config.options])

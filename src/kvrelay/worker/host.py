@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -58,6 +59,9 @@ class WorkerHost:
         self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
         self._num_granted = 0
         self._queued_tokens = 0
+        self.num_jobs = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
         """The hashes of a prompt and what the store has of it, pinned once."""
@@ -154,6 +158,24 @@ class WorkerHost:
             self._close(submission)
             raise
         return submission
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[None]:
+        """Around everything that a role does for one request."""
+        self.num_jobs += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.num_jobs -= 1
+            if not self.num_jobs:
+                self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Until no role works on a request, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     async def abort(self, submission: Submission) -> None:
         """End a request early; its slots come back as soon as the engine lets go of them."""
