@@ -31,7 +31,7 @@ def version() -> None:
 
 
 ON_THIS_MACHINE, PROCESSES, USE = "A cluster on this machine", "One process of a cluster", "Use a running cluster"
-app.command(rich_help_panel=ON_THIS_MACHINE)(cluster_commands.up)
+app.command(cls=EngineCommand, rich_help_panel=ON_THIS_MACHINE)(cluster_commands.up)
 app.command(rich_help_panel=PROCESSES)(cluster_commands.coordinator)
 app.command("prefill-worker", cls=EngineCommand, help=PREFILL_HELP, rich_help_panel=PROCESSES)(
     worker_command("prefill")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,10 @@ import typer
 from kvrelay.cli import options as opt
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import find_model
+from kvrelay.cli.parsing import check_engine_options
 from kvrelay.cli.preflight import check_can_listen, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
+from kvrelay.cli.running import running
 
 
 def coordinator(
@@ -109,11 +112,24 @@ def up(
     prefill: Annotated[int, typer.Option(min=0, rich_help_panel=opt.CLUSTER, help="Prefill workers.")] = 1,
     decode: Annotated[int, typer.Option(min=1, rich_help_panel=opt.CLUSTER, help="Decode workers.")] = 1,
     etcd: opt.OptionalEtcdOption = None,
+    etcd_binary: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            rich_help_panel=opt.CLUSTER,
+            help="The etcd server to start. Default: the one on PATH, or else the one that came with kvrelay.",
+        ),
+    ] = None,
     cluster: opt.ClusterOption = "default",
     model: opt.ModelOption = "",
     served_model_name: opt.ServedNameOption = None,
     engine: opt.EngineOption = opt.EngineKind.VLLM,
     kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
+    kv_cache_gib: Annotated[
+        int, typer.Option(min=1, rich_help_panel=opt.MODEL, help="Each CPU engine's own KV cache, GiB.")
+    ] = 1,
     http: opt.HttpOption = opt.HTTP,
     grpc: opt.GrpcOption = opt.GRPC,
     otlp: opt.OtlpOption = None,
@@ -121,9 +137,43 @@ def up(
 ) -> None:
     """Run a whole cluster on this machine until Ctrl-C: etcd, a coordinator, prefill and decode workers.
 
-    Prints where the API listens once everything is ready, and a request to paste.
+    Prints where the API listens once everything is ready, and a request to paste. A process that dies is started again.
 
     Example: kvrelay up --prefill 2 --decode 2 --model ./my-model
 
     Example: kvrelay up --http 0.0.0.0:8000 -- --dtype float32 --max-model-len 4096
     """
+    options = check_engine_options(engine_args)
+    check_otlp(otlp)
+    if running() is None:  # or else that is the more useful message
+        check_can_listen("--http", http)
+        check_can_listen("--grpc", grpc)
+    if etcd is not None:
+        check_etcd(etcd)
+    found = find_model(model, served_model_name, engine)
+    with process_errors(log_level.value):
+        from kvrelay.launch.plan import UpConfig
+        from kvrelay.launch.state import default_state_dir
+        from kvrelay.launch.up import run_up
+
+        config = UpConfig(
+            prefill=prefill,
+            decode=decode,
+            etcd=[str(address) for address in etcd or ()],
+            etcd_binary=etcd_binary,
+            cluster=cluster,
+            model=found.path,
+            served_model_name=found.served_name,
+            engine=engine.value,
+            engine_options=options,
+            kv_host_bytes=kv_host_bytes,
+            kv_cache_gib=kv_cache_gib,
+            http=str(http),
+            grpc=str(grpc),
+            otlp=otlp,
+            log_level=log_level.value,
+            state_dir=default_state_dir(os.environ),
+            environment=dict(os.environ),
+        )
+        exit_code = run_up(config)
+    raise typer.Exit(exit_code)

@@ -54,6 +54,7 @@ def process_errors(log_level: str) -> Iterator[None]:
     Anything unforeseen keeps its traceback, and everything does when `log_level` is `debug`.
     """
     from kvrelay.etcd import EtcdUnavailableError
+    from kvrelay.etcd.server import EtcdServerError
     from kvrelay.launch.engines import EngineOptionsError
 
     try:
@@ -66,6 +67,8 @@ def process_errors(log_level: str) -> Iterator[None]:
             raise
         if isinstance(cause, EtcdUnavailableError):
             fail(f"{cause}; start etcd, or correct --etcd", UNREACHABLE)
+        if isinstance(cause, EtcdServerError):
+            fail(str(cause))
         if isinstance(cause, EngineOptionsError):
             fail(f"{cause}; options of the engine follow after --", WRONG_USAGE)
         if isinstance(cause, ValueError | OSError):

@@ -1,0 +1,99 @@
+"""`kvrelay up`: flags become a configuration, mistakes become one line."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kvrelay.cli import app
+from kvrelay.etcd.server import EtcdServerError
+from kvrelay.launch import up
+from kvrelay.launch.plan import UpConfig
+from kvrelay.launch.state import RunningCluster, hold
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "kvrelay"
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[UpConfig]:
+    """What would have run; nothing is run."""
+    configs: list[UpConfig] = []
+
+    def run_up(config: UpConfig) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr(up, "run_up", run_up)
+    return configs
+
+
+@pytest.fixture
+def listener() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["up", "--engine", "simulated", "--grpc", "127.0.0.1:0", *arguments])
+
+
+def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, state_dir: Path) -> None:
+    result = run(
+        *("--prefill", "2", "--decode", "3", "--model", "/m/tiny", "--etcd", listener, "--http", "127.0.0.1:0"),
+        *("--kv-host-bytes", "1GiB", "--kv-cache-gib", "2", "--", "--vocab-size", "10"),
+    )
+    assert result.exit_code == 0, result.output
+    (config,) = configs
+    assert (config.prefill, config.decode, list(config.etcd)) == (2, 3, [listener])
+    assert (config.engine, config.served_model_name, list(config.engine_options)) == (
+        "simulated",
+        "tiny",
+        ["--vocab-size", "10"],
+    )
+    assert (config.kv_host_bytes, config.kv_cache_gib) == (1 << 30, 2)
+    assert (config.http, config.grpc, config.state_dir) == ("127.0.0.1:0", "127.0.0.1:0", state_dir)
+    assert config.environment["XDG_STATE_HOME"] == str(state_dir.parent)
+
+
+def test_a_taken_port_is_told_in_one_line(configs: list[UpConfig], listener: str) -> None:
+    result = run("--http", listener)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"kvrelay: cannot listen at --http {listener}: Address already in use")
+    assert configs == []
+
+
+def test_the_cluster_that_runs_already_is_left_to_tell_so(
+    configs: list[UpConfig], listener: str, state_dir: Path
+) -> None:
+    with hold(state_dir) as state:
+        state.write(
+            RunningCluster(
+                pid=1,
+                http_url=f"http://{listener}",
+                grpc_address=listener,
+                etcd=(),
+                cluster="default",
+                model="m",
+                log_dir="",
+                run_dir="",
+            )
+        )
+        assert run("--http", listener).exit_code == 0
+    assert len(configs) == 1
+
+
+def test_no_etcd_to_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_up(_config: UpConfig) -> int:
+        raise EtcdServerError("there is no etcd on this machine")
+
+    monkeypatch.setattr(up, "run_up", run_up)
+    result = run("--http", "127.0.0.1:0")
+    assert (result.exit_code, result.stderr) == (1, "kvrelay: there is no etcd on this machine\n")
