@@ -132,8 +132,11 @@ class Push:
         if len(parts) < len(run):  # The push ended while waiting.
             return
         header = FrameHeader(transfer_id, run[0], len(run), 0, self._offer.layout.num_layers, checksum(parts))
+        frame = encode_frame(header, parts)
         self.result.num_bytes += sum(len(part) for part in parts)
-        await self._peer.send(encode_frame(header, parts))
+        for part in parts:  # A cancelled task's traceback would keep them, and the segment could not be closed.
+            part.release()
+        await self._peer.send(frame)
 
     def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
