@@ -148,8 +148,16 @@ class Dispatcher:
             self._pool.end_prefill(worker_id, flow.request.request_id)
             return flow.on_prefill_delta(delta)
         if flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id:
-            return flow.on_decode_delta(delta)
+            waited_for_blocks = flow.prefill_may_run
+            output = flow.on_decode_delta(delta)
+            if waited_for_blocks and not flow.prefill_may_run:
+                self._release_prefill(flow)
+            return output
         return None
+
+    def _release_prefill(self, flow: RequestFlow) -> None:
+        if flow.plan.prefill:
+            self._pool.release_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
 
     def _settle(self, flow: RequestFlow) -> None:
         """After the client has got its tokens: finish the request, or send its second half."""
@@ -167,8 +175,7 @@ class Dispatcher:
             self._pool.send_decode(flow.plan.decode.worker_id, decode)
 
     def _prefill_lost(self, flow: RequestFlow) -> None:
-        if flow.plan.prefill:
-            self._pool.end_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
+        self._release_prefill(flow)
         flow.on_prefill_lost()
         self._settle(flow)
 
@@ -204,8 +211,7 @@ class Dispatcher:
             return
         for request_id in _ids(flow):
             self._flows.pop(request_id, None)
-        if flow.plan.prefill:
-            self._pool.end_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
+        self._release_prefill(flow)
         self._pool.release_sequences(flow.plan.decode.worker_id, flow.request.request_id)
         flow.trace.close()
         self._sink.finished(flow)

@@ -37,9 +37,20 @@ class _Member:
         self.link = link
         self.task = task
         self.view = view
+        self.prefills: set[str] = set()
         self.queued_tokens: dict[str, int] = {}
         self.sequences: dict[str, int] = {}
+        self.departed = False
+        """Its record is gone; it finishes what it has."""
         self.status = worker_pb2.WorkerStatus()
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.prefills or self.sequences)
+
+    def is_same_process(self, worker: cluster_pb2.WorkerInfo) -> bool:
+        known = self.link.worker
+        return (known.incarnation, known.address) == (worker.incarnation, worker.address)
 
     def refresh_view(self) -> None:
         """What this coordinator gave the worker, or what it reports with the share of others, whichever is more."""
@@ -70,15 +81,19 @@ class WorkerPool:
             try:
                 yield
             finally:
-                for worker_id in list(self._members):
-                    self.leave(worker_id)
+                for member in list(self._members.values()):
+                    self._cut(member)
                 self._tasks = None
 
     def join(self, worker: cluster_pb2.WorkerInfo) -> None:
-        """Connect to a worker; a restarted one takes its predecessor's place."""
+        """Connect to a worker; a restarted one takes its predecessor's place, one that came back its own."""
         if self._tasks is None:
             raise RuntimeError("the worker pool is not running")
-        self.leave(worker.worker_id)
+        if member := self._members.get(worker.worker_id):
+            if member.is_same_process(worker):
+                self.update(worker)
+                return
+            self._cut(member)
         link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
         self._members[worker.worker_id] = _Member(link, task, _view_of(worker))
@@ -87,13 +102,10 @@ class WorkerPool:
     def update(self, worker: cluster_pb2.WorkerInfo) -> None:
         """Take a changed record; a new process or address means a new connection."""
         member = self._members.get(worker.worker_id)
-        if member is None:
+        if member is None or not member.is_same_process(worker):
             self.join(worker)
             return
-        known = member.link.worker
-        if (known.incarnation, known.address) != (worker.incarnation, worker.address):
-            self.join(worker)
-            return
+        member.departed = False
         member.link.worker = worker
         fresh = _view_of(worker)
         fresh.num_assigned = member.view.num_assigned
@@ -102,36 +114,48 @@ class WorkerPool:
         self._notify_changed()
 
     def leave(self, worker_id: str) -> None:
-        """Disconnect from a worker whose record is gone; what it had is lost. Unknown ids are ignored."""
-        member = self._members.pop(worker_id, None)
-        if member is None:
-            return
-        member.task.cancel()
-        _log.info("worker left", worker_id=worker_id)
-        if member.link.connected:
-            self._lost(worker_id, "the worker has left the cluster")
-        self._notify_changed()
+        """Give nothing new to a worker whose record is gone, and disconnect once it has finished what it has.
+
+        A worker takes its record away before it drains. Unknown ids are ignored.
+        """
+        if member := self._members.get(worker_id):
+            _log.info("worker left", worker_id=worker_id)
+            member.departed = True
+            self._retire(member)
+            self._notify_changed()
 
     def views(self) -> Collection[WorkerView]:
-        """The connected workers. The views are live: read them at once."""
-        return [member.view for member in self._members.values() if member.link.connected]
+        """The connected workers that take requests. The views are live: read them at once."""
+        return [member.view for member in self._present()]
 
     def workers(self) -> list[cluster_pb2.WorkerInfo]:
-        """The records of the connected workers."""
-        return [member.link.worker for member in self._members.values() if member.link.connected]
+        """The records of those workers."""
+        return [member.link.worker for member in self._present()]
 
     def assign_prefill(self, worker_id: str, message: worker_pb2.Prefill) -> None:
-        """Send a prompt and count its tokens until `end_prefill`. Raises like `WorkerLink.send`."""
+        """Send a prompt; its tokens count until `end_prefill`, and it is at work until `release_prefill`.
+
+        Raises like `WorkerLink.send`.
+        """
         member = self._member(worker_id)
         member.link.send(worker_pb2.CoordinatorMessage(prefill=message))
+        member.prefills.add(message.request_id)
         member.queued_tokens[message.request_id] = len(message.prompt_token_ids)
         member.view.num_assigned += 1
         member.refresh_view()
 
     def end_prefill(self, worker_id: str, request_id: str) -> None:
+        """The first token is there; the worker may still push."""
         member = self._members.get(worker_id)
         if member and member.queued_tokens.pop(request_id, None) is not None:
             member.refresh_view()
+
+    def release_prefill(self, worker_id: str, request_id: str) -> None:
+        """The worker has nothing more to do for the prompt."""
+        self.end_prefill(worker_id, request_id)
+        if member := self._members.get(worker_id):
+            member.prefills.discard(request_id)
+            self._retire(member)
 
     def reserve_sequences(self, worker_id: str, request_id: str, num_sequences: int) -> None:
         """Count sequences that the decode worker has or will get, until `release_sequences`."""
@@ -144,6 +168,7 @@ class WorkerPool:
         member = self._members.get(worker_id)
         if member and member.sequences.pop(request_id, None) is not None:
             member.refresh_view()
+            self._retire(member)
 
     def send_decode(self, worker_id: str, message: worker_pb2.Decode) -> None:
         """Raises like `WorkerLink.send`."""
@@ -179,6 +204,23 @@ class WorkerPool:
         member.status = worker_pb2.WorkerStatus()
         self._lost(link.worker.worker_id, reason)
         self._notify_changed()
+
+    def _present(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.link.connected and not member.departed]
+
+    def _retire(self, member: _Member) -> None:
+        """Disconnect from a worker that has left and has nothing to do."""
+        if member.departed and member.is_idle:
+            self._members.pop(member.link.worker.worker_id, None)
+            member.task.cancel()
+
+    def _cut(self, member: _Member) -> None:
+        """Disconnect at once; what the worker had is lost."""
+        worker_id = member.link.worker.worker_id
+        self._members.pop(worker_id, None)
+        member.task.cancel()
+        if member.link.connected:
+            self._lost(worker_id, "the worker has left the cluster")
 
     def _lost(self, worker_id: str, reason: str) -> None:
         _log.warning("worker lost", worker_id=worker_id, reason=reason)

@@ -32,6 +32,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self.respond = respond
         self.num_sessions = 0
+        self.num_ended = 0
         self.received: list[worker_pb2.CoordinatorMessage] = []
         self.info = cluster_pb2.WorkerInfo(
             worker_id=worker_id,
@@ -71,6 +72,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                 yield message
         finally:
             reader.cancel()
+            self.num_ended += 1
 
     async def _read(self, requests: AsyncIterator[worker_pb2.CoordinatorMessage]) -> None:
         async for message in requests:
