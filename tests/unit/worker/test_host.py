@@ -1,0 +1,152 @@
+"""A host starts its engine, ends with it, and counts what is queued."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from kvrelay.engine.base import EngineDeadError, EngineRequest, EngineStep
+from kvrelay.engine.simulated import SimulatedEngine
+from kvrelay.engine.simulated_model import SimulatedConfig
+from kvrelay.tracing import Tracing
+from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.submission import Submission
+from kvrelay.worker.work import Work
+from tests.support.eventually import eventually
+
+CONFIG = SimulatedConfig(block_size_tokens=4, max_model_len_tokens=64, num_engine_blocks=64, time_scale=0)
+STORE = StoreConfig(size_bytes=1 << 20)
+PROMPT = list(range(10))
+
+
+class FragileEngine(SimulatedEngine):
+    """Fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(CONFIG)
+        self.dead = asyncio.Event()
+        self.submit_error: Exception | None = None
+        self.may_submit = asyncio.Event()
+        self.may_submit.set()
+        self.aborted: list[str] = []
+        self.closed = False
+
+    async def submit(self, request: EngineRequest) -> None:
+        await self.may_submit.wait()
+        if self.submit_error is not None:
+            raise self.submit_error
+        await super().submit(request)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted.extend(request_ids)
+        await super().abort(request_ids)
+
+    async def steps(self) -> AsyncIterator[EngineStep]:
+        if self.dead.is_set():
+            raise EngineDeadError("it died")
+        async for step in super().steps():
+            yield step
+            if self.dead.is_set():
+                raise EngineDeadError("it died")
+
+    async def close(self) -> None:
+        self.closed = True
+        await super().close()
+
+
+async def submit(host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_tokens: int = 5) -> Submission:
+    work = Work(
+        name="decode",
+        request_id="r",
+        prompt_token_ids=PROMPT,
+        sampling=common_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        cache_salt="",
+        priority=0,
+        trace=common_pb2.TraceContext(),
+    )
+    hasher, stored = host.look_up("", PROMPT)
+    return await host.submit(work, hasher, stored, save_partial=False, sink=deltas.append)
+
+
+def assert_idle(host: WorkerHost) -> None:
+    status = host.status("w")
+    assert (status.store.num_reserved, status.store.num_pinned, status.num_queued_prompt_tokens) == (0, 0, 0)
+    assert (status.num_running_requests, status.num_waiting_requests) == (0, 0)
+
+
+async def test_a_request_runs_to_its_end() -> None:
+    deltas: list[worker_pb2.TokenDelta] = []
+    async with open_host(FragileEngine(), STORE, Tracing()) as host:
+        submission = await submit(host, deltas)
+        await submission.ended.wait()
+        await submission.closed.wait()
+        assert sum(len(delta.token_ids) for delta in deltas) == 5
+        await eventually(lambda: not host.status("w").num_running_requests)
+        assert_idle(host)
+
+
+async def test_an_engine_that_refuses_a_request_leaves_nothing() -> None:
+    engine = FragileEngine()
+    engine.submit_error = RuntimeError("no")
+    async with open_host(engine, STORE, Tracing()) as host:
+        with pytest.raises(RuntimeError, match="no"):
+            await submit(host, [])
+        assert_idle(host)
+
+
+async def test_a_submission_cancelled_on_its_way_is_aborted_when_it_has_arrived() -> None:
+    engine = FragileEngine()
+    async with open_host(engine, STORE, Tracing()) as host:
+        engine.may_submit.clear()
+        task = asyncio.create_task(submit(host, []))
+        await eventually(lambda: host.status("w").num_queued_prompt_tokens == len(PROMPT))
+        task.cancel()
+        await asyncio.sleep(0)
+        engine.may_submit.set()
+        await asyncio.wait([task], timeout=10)
+        assert task.cancelled()
+        assert engine.aborted == ["r.1"]
+        await eventually(lambda: not host.status("w").store.num_reserved)
+        assert_idle(host)
+
+
+async def test_an_engine_that_dies_ends_the_host() -> None:
+    engine = FragileEngine()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_host(engine, STORE, Tracing()) as host:
+            path = host.segment.path
+            engine.dead.set()
+            await submit(host, [])
+            await asyncio.Event().wait()
+    assert caught.group_contains(EngineDeadError)
+    assert engine.closed
+    assert not os.path.exists(path)
+
+
+async def test_an_engine_that_does_not_start_leaves_nothing() -> None:
+    engine = FragileEngine()
+
+    async def start(*_: object) -> None:
+        raise RuntimeError("no weights")
+
+    engine.start = start  # type: ignore[assignment]
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError, match="no weights"):
+        async with open_host(engine, STORE, Tracing()):
+            pass
+    assert engine.closed
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+
+
+async def test_slots_are_lent_to_the_engine_up_to_the_limit_and_again() -> None:
+    async with open_host(FragileEngine(), STORE, Tracing()) as host:
+        most = host.status("w").store.num_granted
+        assert most == min(64, host.segment.num_slots // 8)
+        submission = await submit(host, [], max_tokens=50)
+        await submission.closed.wait()
+        assert host.status("w").store.num_granted == most
+        assert host.status("w").store.num_evictable == (len(PROMPT) + 50 - 1) // 4
