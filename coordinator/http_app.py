@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 
 from kvrelay.coordinator.http_body import ClientGoneError, read_json
-from kvrelay.coordinator.http_errors import HttpError, error_of
+from kvrelay.coordinator.http_errors import HttpError, error_of, with_parameter
 from kvrelay.coordinator.http_limits import HttpLimits
 from kvrelay.coordinator.http_reply import Reply, until_disconnect
 from kvrelay.coordinator.http_routes import Call, Routes
@@ -70,6 +70,7 @@ class Gateway:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         reply = Reply(send, request_id, retry_after_s=self._limits.retry_after_s)
+        body = None
         try:
             method, handler = self._find(scope["path"])
             if scope["method"] != method:
@@ -78,13 +79,15 @@ class Gateway:
                     message=f"{scope['method']} is not offered for {scope['path'][:200]!r}; use {method}",
                     headers={"allow": method},
                 )
-            body = await read_json(receive, headers, self._limits) if method == "POST" else None
+            if method == "POST":
+                body = await read_json(receive, headers, self._limits)
             call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
             await until_disconnect(receive, handler(call))
         except ClientGoneError:
             return
         except Exception as exception:
-            await reply.error(error_of(exception, request_id))
+            given = body if isinstance(body, dict) else {}
+            await reply.error(with_parameter(error_of(exception, request_id), given))
 
     def _find(self, path: str) -> tuple[str, Handler]:
         if path.startswith("/v1/models/"):

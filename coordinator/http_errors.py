@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -26,6 +28,7 @@ _TYPES = {status.http.value: status.openai_type for status in reversed(STATUSES.
 _RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _SSE_ERROR = 'data: {"error"'
 _MAX_MESSAGE_CHARS = 2000
+_CONSTRAINTS = ("structured_outputs", "response_format")
 
 
 class HttpError(Exception):
@@ -36,7 +39,7 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = int(status)
-        self.message = message
+        self.message = message[:_MAX_MESSAGE_CHARS]
         self.param = param
         """The request's field that is wrong, where one is."""
         self.headers = headers or {}
@@ -76,6 +79,18 @@ def error_of(exception: Exception, request_id: str) -> HttpError:
     return _of_kvrelay(error)
 
 
+def with_parameter(error: HttpError, given: Mapping[str, Any]) -> HttpError:
+    """Name the request's field where vLLM did not: the one its message speaks of, or the constraint on the output."""
+    if error.param is not None or error.status != HTTPStatus.BAD_REQUEST:
+        return error
+    words = set(re.findall(r"\w+", error.message))
+    named = [name for name in given if name in words] or [name for name in _CONSTRAINTS if name in given]
+    if not named:
+        return error
+    message = error.message if named[0] in words else f"{named[0]}: {error.message}"
+    return HttpError(status=error.status, message=message, param=named[0])
+
+
 def error_of_response(response: ErrorResponse, request_id: str) -> HttpError:
     """The answer to vLLM's own error object."""
     return _of_parts(response.error.code, response.error.message, response.error.param, request_id)
@@ -93,7 +108,7 @@ def _of_parts(status: int, message: str, param: str | None, request_id: str) -> 
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("request %s failed: %s", request_id, message)
         return _internal(request_id)
-    return HttpError(status=status, message=message[:_MAX_MESSAGE_CHARS], param=param)
+    return HttpError(status=status, message=message, param=param)
 
 
 def _internal(request_id: str) -> HttpError:
@@ -104,7 +119,7 @@ def _internal(request_id: str) -> HttpError:
 
 
 def _of_kvrelay(error: KvrelayError) -> HttpError:
-    return HttpError(status=status_of(error).http, message=error.message[:_MAX_MESSAGE_CHARS], param=error.field)
+    return HttpError(status=status_of(error).http, message=error.message, param=error.field)
 
 
 def _of_validation(exception: ValidationError) -> HttpError:

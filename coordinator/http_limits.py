@@ -19,6 +19,9 @@ class HttpLimits:
     """n times the number of prompts."""
     max_messages: int = 4096
     max_tools: int = 128
+    max_tools_bytes: int = 256 * 1024
+    max_constraint_bytes: int = 64 * 1024
+    """Of a JSON schema, regular expression or grammar; compiling one of this size takes an engine some seconds."""
     max_stop_strings: int = 16
     max_stop_chars: int = 256
     """Of one stop string; so many characters of a stream are held back."""

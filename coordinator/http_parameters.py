@@ -29,6 +29,28 @@ from kvrelay.errors import InvalidRequestError
 
 _INT31 = 2**31 - 1
 _INT64 = 2**63 - 1
+_CONSTRAINTS = (
+    "json",
+    "regex",
+    "choice",
+    "grammar",
+    "json_object",
+    "structural_tag",
+    "disable_any_whitespace",
+    "disable_additional_properties",
+    "whitespace_pattern",
+)
+
+
+def _small(_: RequestBounds) -> int:
+    return 1024
+
+
+def check_tool_choice(name: str, value: Any, bounds: RequestBounds) -> None:
+    """A word or one function's name; which words there are, vLLM knows."""
+    if not isinstance(value, str):
+        structure(_small)(name, value, bounds)
+
 
 _SAMPLING: dict[str, Check] = {
     "frequency_penalty": number(-2, 2),
@@ -52,8 +74,8 @@ _SAMPLING: dict[str, Check] = {
     "prompt_logprobs": integer(0, lambda bounds: bounds.max_logprobs),
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,
-    "response_format": structure,
-    "structured_outputs": structure,
+    "response_format": structure(lambda bounds: bounds.limits.max_constraint_bytes),
+    "structured_outputs": structure(lambda bounds: bounds.limits.max_constraint_bytes, *_CONSTRAINTS),
     "n": integer(1, lambda bounds: bounds.limits.max_completions),
 }
 
@@ -61,7 +83,7 @@ _COMMON: dict[str, Check] = {
     **_SAMPLING,
     "model": string(1024),
     "stream": boolean,
-    "stream_options": structure,
+    "stream_options": structure(_small, "include_usage", "continuous_usage_stats"),
     "echo": boolean,
     "add_special_tokens": boolean,
     "priority": integer(-(2**31), _INT31),
@@ -73,10 +95,10 @@ _COMMON: dict[str, Check] = {
 
 _TEMPLATE: dict[str, Check] = {
     "messages": check_messages,
-    "tools": array(lambda bounds: bounds.limits.max_tools),
+    "tools": array(lambda bounds: bounds.limits.max_tools, lambda bounds: bounds.limits.max_tools_bytes),
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
-    "chat_template_kwargs": structure,
+    "chat_template_kwargs": structure(lambda bounds: bounds.limits.max_constraint_bytes),
 }
 
 CHAT: dict[str, Check] = {
@@ -86,7 +108,7 @@ CHAT: dict[str, Check] = {
     "top_logprobs": integer(0, lambda bounds: bounds.max_logprobs),
     "max_tokens": integer(1, _INT64),
     "max_completion_tokens": integer(1, _INT64),
-    "tool_choice": lambda name, value, bounds: None if isinstance(value, str) else structure(name, value, bounds),
+    "tool_choice": check_tool_choice,
     "parallel_tool_calls": boolean,
     "documents": array(lambda bounds: bounds.limits.max_messages),
     "reasoning_effort": string(16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 _HEADERS_FOR_VLLM = ("traceparent", "tracestate")
@@ -43,6 +47,8 @@ class Serving:
 
 def build_serving(engine: EngineClient, served_model_name: str, options: ServingOptions) -> Serving:
     """Raises what vLLM raises for an unknown parser."""
+    for module in (chat_serving, completion_serving):
+        logging.getLogger(module.__name__).addFilter(_is_news)
     models = OpenAIServingModels(engine, [BaseModelPath(name=served_model_name, model_path=served_model_name)])
     template: dict[str, Any] = {
         "request_logger": None,
@@ -73,6 +79,12 @@ def build_serving(engine: EngineClient, served_model_name: str, options: Serving
         ),
         tokenization=ServingTokenization(models, renderer, **template),
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """vLLM logs a stack trace for every stream that fails, also one that the client is the reason for."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, VLLMClientError | GracefulHTTPError)
 
 
 def request_for_vllm(headers: Headers, request_id: str) -> Request:

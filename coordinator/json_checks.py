@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from kvrelay.coordinator.http_limits import RequestBounds
 from kvrelay.errors import InvalidRequestError
 
@@ -46,9 +48,24 @@ def boolean(name: str, value: Any, _: RequestBounds) -> None:
         raise refuse(name, value, "true or false")
 
 
-def structure(name: str, value: Any, _: RequestBounds) -> None:
-    if not isinstance(value, dict):
-        raise refuse(name, value, "an object")
+def structure(max_bytes: Callable[[RequestBounds], int], *keys: str) -> Check:
+    """An object of at most so many bytes as JSON; with `keys`, these are all it may have."""
+
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        if not isinstance(value, dict):
+            raise refuse(name, value, "an object")
+        for key in value:
+            if keys and key not in keys:
+                raise InvalidRequestError(f"{name} has the unknown field {key[:_SHOWN_CHARS]!r}", field=name)
+        _check_size(name, value, max_bytes(bounds))
+
+    return check
+
+
+def _check_size(name: str, value: Any, max_bytes: int) -> None:
+    num_bytes = len(msgspec.json.encode(value))
+    if num_bytes > max_bytes:
+        raise InvalidRequestError(f"{name} has {num_bytes} bytes; at most {max_bytes} are taken", field=name)
 
 
 def number(low: float, high: float) -> Check:
@@ -80,11 +97,13 @@ def string(max_chars: int) -> Check:
     return check
 
 
-def array(max_items: Callable[[RequestBounds], int]) -> Check:
+def array(max_items: Callable[[RequestBounds], int], max_bytes: Callable[[RequestBounds], int] | None = None) -> Check:
     def check(name: str, value: Any, bounds: RequestBounds) -> None:
         most = max_items(bounds)
         if not isinstance(value, list) or len(value) > most:
             raise refuse(name, value, f"an array of at most {most} elements")
+        if max_bytes is not None:
+            _check_size(name, value, max_bytes(bounds))
 
     return check
 
