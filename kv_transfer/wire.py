@@ -88,33 +88,37 @@ def decode_frame(data: bytes) -> tuple[FrameHeader, memoryview]:
     values = dict.fromkeys(_WIRE_TYPES, 0)
     view = memoryview(data)
     payload = view[:0]
-    position, end = 0, len(data)
-    while position < end:
+    position = 0
+    while position < len(data):
         tag, position = _get_varint(data, position)
         field, wire_type = tag >> 3, tag & 7
         if not 0 < field < 1 << 29:
             raise FrameError(f"field number {field} in a frame")
-        value = 0
-        if wire_type == _VARINT:
-            value, position = _get_varint(data, position)
-        elif wire_type == _FIXED64:
-            value, position = int.from_bytes(data[position : position + 8], "little"), position + 8
-        elif wire_type == _FIXED32:
-            position += 4
-        elif wire_type == _LEN:
-            size, start = _get_varint(data, position)
-            position = start + size
-            if field == _PAYLOAD:
-                payload = view[start:position]
-        else:
-            raise FrameError(f"wire type {wire_type} in a frame")
-        if position > end:
-            raise FrameError(f"a frame of {end} bytes is cut short in field {field}")
-        if _WIRE_TYPES.get(field) == wire_type:
+        value, start, position = _get_value(data, position, wire_type)
+        if position > len(data):
+            raise FrameError(f"a frame of {len(data)} bytes is cut short in field {field}")
+        if field == _PAYLOAD and wire_type == _LEN:
+            payload = view[start:position]
+        elif _WIRE_TYPES.get(field) == wire_type:
             if wire_type == _VARINT and value > _MAX_UINT32:
                 raise FrameError(f"field {field} of a frame is {value}, beyond 32 bits")
             values[field] = value
     return FrameHeader(*values.values()), payload
+
+
+def _get_value(data: bytes, position: int, wire_type: int) -> tuple[int, int, int]:
+    """One field's value (0 if it is bytes), where its bytes begin, and where it ends, be it beyond the data."""
+    if wire_type == _VARINT:
+        value, end = _get_varint(data, position)
+        return value, position, end
+    if wire_type == _FIXED64:
+        return int.from_bytes(data[position : position + 8], "little"), position, position + 8
+    if wire_type == _FIXED32:
+        return 0, position, position + 4
+    if wire_type == _LEN:
+        size, start = _get_varint(data, position)
+        return 0, start, start + size
+    raise FrameError(f"wire type {wire_type} in a frame")
 
 
 def _put_varint(out: bytearray, value: int) -> None:

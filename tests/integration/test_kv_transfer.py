@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,10 @@ class Gated(KvTransferService):
 
 
 @pytest.fixture
-def gated() -> Iterator[type[Gated]]:
+def gated() -> type[Gated]:
     Gated.gate = asyncio.Event()
     Gated.num_frames = 0
-    yield Gated
+    return Gated
 
 
 async def test_blocks_arrive_with_their_content() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -116,15 +117,21 @@ async def test_a_submission_cancelled_on_its_way_is_aborted_when_it_has_arrived(
 
 async def test_an_engine_that_dies_ends_the_host() -> None:
     engine = FragileEngine()
-    with pytest.raises(ExceptionGroup) as caught:
+    paths: list[Path] = []
+
+    async def serve() -> None:
         async with open_host(engine, STORE, Tracing()) as host:
-            path = host.segment.path
+            paths.append(Path(host.segment.path))
             engine.dead.set()
             await submit(host, [])
             await asyncio.Event().wait()
+
+    async with asyncio.timeout(10):
+        with pytest.raises(ExceptionGroup) as caught:
+            await serve()
     assert caught.group_contains(EngineDeadError)
     assert engine.closed
-    assert not os.path.exists(path)
+    assert not paths[0].exists()
 
 
 async def test_an_engine_that_does_not_start_leaves_nothing() -> None:
