@@ -8,12 +8,13 @@ from typing import Any
 # Around one block (32 tokens on a CPU): shorter, exact multiples, one more; up to several prefill chunks.
 PROMPT_LENGTHS = (1, 2, 5, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 255, 256, 257, 511, 512, 513, 777, 1025, 1500)
 
-_WORDS = (
+_PROSE = (
     "The history of the lighthouse begins long before anyone thought of writing it down . In the winter of 1791 a"
     " storm broke the old wooden tower , and the keeper , whose name was Hannah , carried the lamp herself every night"
     " for two months while the masons waited for stone to arrive from the mainland by boat . She kept a small diary :"
     " wind , oil , ships that passed , and what she had cooked . Years later her grandson found it behind a loose brick"
-).split()
+)
+_WORDS = _PROSE.split()
 
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "What is the capital of France?"}],

@@ -12,7 +12,13 @@ from typing import Any
 
 from tests.support.equality_cases import Case, length_cases, option_cases
 
-_STRUCTURED = {"json_schema": "json", "json_object": "json_object", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+_STRUCTURED = {
+    "json_schema": "json",
+    "json_object": "json_object",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+}
 
 
 def prompt_ids(tokenizer: Any, case: Case) -> list[int]:

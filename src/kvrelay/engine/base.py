@@ -26,7 +26,7 @@ class EngineInfo:
 class KvPlan:
     """Where the KV blocks of one request come from and go to, as slots of the host block store.
 
-    The first `load_tokens` tokens of the prompt are loaded: block `i` from `load[i]`, of the last one as much as counts.
+    The first `load_tokens` tokens of the prompt are loaded: block `i` from `load[i]`, of the last one what counts.
     Block `first_save + j` is saved to `save[j]` once it is full. Full blocks after those are saved to granted slots, as
     long as there are any. With `partial_tokens` the last slot of `save` takes the block that is not full when so many
     tokens are computed.
