@@ -5,7 +5,8 @@ A keeper is a small process between a parent and one child. It
 - forwards the first SIGTERM or SIGINT to the child and kills it and all of its descendants `grace_s` later, or at
   once on a second signal;
 - takes the death of its own parent, however it came, for such a signal;
-- adopts the descendants that outlive the child, and kills them before it ends itself with the child's exit status.
+- adopts the descendants that outlive the child, kills them and removes the shared memory that only they had, before
+  it ends itself with the child's exit status.
 
 This file runs by itself (`command` says how), so it imports nothing but the standard library.
 """
@@ -22,9 +23,10 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_LAST_WORDS_S = 1.0
+LAST_WORDS_S = 1.0
 """For processes that clean up after dead ones, such as multiprocessing's resource tracker."""
 _KILL_TIMEOUT_S = 5.0
+_SHM = "/dev/shm/"  # noqa: S108 - read, and only what is listed there is removed
 
 
 def command(arguments: Sequence[str], *, grace_s: float) -> list[str]:
@@ -59,6 +61,34 @@ def kill(pids: Sequence[int] | Iterator[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def is_cleaning_up(pid: int) -> bool:
+    """Whether it is one of Python's resource trackers, which remove what dead processes left and then end."""
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def shared_memory(pids: Sequence[int]) -> set[Path]:
+    """Files of POSIX shared memory and semaphores that the processes have mapped."""
+    found: set[Path] = set()
+    for pid in pids:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        found.update(Path(line[line.index(_SHM) :]) for line in maps.splitlines() if _SHM in line)
+    return found
+
+
+def remove_unused(files: set[Path]) -> None:
+    """Delete those that no process has mapped any more."""
+    if files:
+        everybody = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        for path in files - shared_memory(everybody):
+            path.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,7 +133,7 @@ def _wait(child: int, watched: set[signal.Signals], grace_s: float) -> int:
         received = signal.sigtimedwait(watched, timeout_s)
         if received is None:
             if kill_at is not None:
-                kill(descendants(os.getpid()))
+                kill([pid for pid in descendants(os.getpid()) if not is_cleaning_up(pid)])
                 kill_at = time.monotonic() + _KILL_TIMEOUT_S
         elif received.si_signo != signal.SIGCHLD:
             if kill_at is None:
@@ -131,21 +161,17 @@ def _reap(child: int) -> int | None:
 def _end_descendants() -> None:
     own = os.getpid()
     begin = time.monotonic()
+    files: set[Path] = set()
     while time.monotonic() < begin + _KILL_TIMEOUT_S:
         _reap(0)
         left = list(descendants(own))
         if not left:
-            return
-        cleaning_up = time.monotonic() < begin + _LAST_WORDS_S
-        kill([pid for pid in left if not (cleaning_up and _is_resource_tracker(pid))])
+            break
+        files |= shared_memory(left)
+        patient = time.monotonic() < begin + LAST_WORDS_S
+        kill([pid for pid in left if not (patient and is_cleaning_up(pid))])
         signal.sigtimedwait({signal.SIGCHLD}, 0.05)
-
-
-def _is_resource_tracker(pid: int) -> bool:
-    try:
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    remove_unused(files)
 
 
 def _parent(process: Path) -> int | None:

@@ -30,13 +30,21 @@ def marked(value: str, *, whole: bool) -> list[int]:
 
 
 async def end_marked(value: str, *, whole: bool) -> int:
-    """SIGKILL such processes and wait until they are gone; returns how many there were."""
+    """SIGKILL such processes and wait until they are gone; returns how many there were.
+
+    Shared memory that only they had is removed.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     found: set[int] = set()
-    deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
-    while (pids := marked(value, whole=whole)) and asyncio.get_running_loop().time() < deadline:
+    files: set[Path] = set()
+    while (pids := marked(value, whole=whole)) and loop.time() < began + _TIMEOUT_S:
         found.update(pids)
-        keeper.kill(pids)
+        files |= keeper.shared_memory(pids)
+        patient = loop.time() < began + keeper.LAST_WORDS_S
+        keeper.kill([pid for pid in pids if not (patient and keeper.is_cleaning_up(pid))])
         await asyncio.sleep(_POLL_S)
+    keeper.remove_unused(files)
     return len(found)
 
 
