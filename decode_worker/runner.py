@@ -49,7 +49,7 @@ class DecodeRole:
         with self._host.tracing.start_span("kv.wait", request.trace) as span:
             transfer = await self._host.receiver.wait_settled(transfer_id, request.kv_wait_ms / 1e3)
             if transfer is None:
-                span.fail("no blocks were offered in time")
+                span.fail("no blocks are coming")
             else:
                 span.set({"kv.blocks": transfer.received_blocks, "kv.bytes": transfer.received_bytes})
         return transfer

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from kvrelay.kv_transfer import sender
 from kvrelay.kv_transfer.peer import LayoutRefusedError, Peer, Peers
 from kvrelay.kv_transfer.sender import Push, PushResult
 from kvrelay.kv_transfer.service import SERVICE, KvTransferService
@@ -62,9 +63,9 @@ async def open_pair(
     service: type[KvTransferService] = KvTransferService, **receiver_values: Any
 ) -> AsyncIterator[Pair]:
     """Both sides are idle at the end, or it fails."""
-    with side() as sender, side(**receiver_values) as receiver:
+    with side() as source, side(**receiver_values) as receiver:
         async with kv_server(service(receiver.receiver)) as server, open_peers() as peers:
-            yield Pair(sender, receiver, server, peers)
+            yield Pair(source, receiver, server, peers)
 
 
 class Gated(KvTransferService):
@@ -290,6 +291,16 @@ async def test_a_transfer_that_the_receiver_ended_ends_the_push(gated: type[Gate
         assert pair.sender.store.usage().num_pinned == 0
 
 
+async def test_a_receiver_that_answers_nothing_is_given_up(gated: type[Gated], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "_ACK_TIMEOUT_S", 0.05)
+    async with open_pair(gated) as pair:
+        async with asyncio.timeout(10):
+            result = await pair.push("r", [1]).run()
+        assert "acknowledged nothing" in result.error
+        assert pair.sender.store.usage().num_pinned == 0
+        pair.receiver.receiver.let_go("r")
+
+
 async def test_a_slow_receiver_holds_the_sender_back(gated: type[Gated]) -> None:
     async with open_pair(gated) as pair:
         pushes = [asyncio.create_task(pair.push(f"r{i}", MANY[i::4]).run()) for i in range(4)]
@@ -365,9 +376,9 @@ async def test_garbage_ends_its_stream_and_nothing_else(data: bytes) -> None:
                     ack = await call.read()
                     assert isinstance(ack, kv_transfer_pb2.FrameAck)
                     assert ack.status == kv_transfer_pb2.FrameAck.STATUS_STALE
-            with side() as sender:
-                [slot] = sender.put([1])
-                good = push_of(sender, peers.get(server.address), "r", [1])
+            with side() as source:
+                [slot] = source.put([1])
+                good = push_of(source, peers.get(server.address), "r", [1])
                 good.add(0, slot)
                 good.finish()
                 assert (await good.run()).num_blocks == 1
