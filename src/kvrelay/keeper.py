@@ -66,9 +66,10 @@ def kill(pids: Sequence[int] | Iterator[int]) -> None:
 def is_cleaning_up(pid: int) -> bool:
     """Whether it is one of Python's resource trackers, which remove what dead processes left and then end."""
     try:
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+    return any(word.startswith(b"from multiprocessing.resource_tracker import main") for word in words)
 
 
 def shared_memory(pids: Sequence[int]) -> set[Path]:
