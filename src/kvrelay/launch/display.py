@@ -6,7 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +65,9 @@ class Display:
             self.say(f"{name}: {state}")
 
     def say(self, line: str) -> None:
-        """One line, as it is: never wrapped, so that it can be copied."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """One line, as it is: never wrapped, so that it can be copied. Nobody has to read it."""
+        with suppress(OSError):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))

@@ -14,6 +14,8 @@ from kvrelay.launch.supervisor import ChildSpec
 
 ETCD = "etcd"
 
+_FRONT_END_OPTIONS = ("--max-model-len", "--tokenizer")
+
 # Large messages stay in the heap instead of being mapped and unmapped one by one.
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -38,7 +40,9 @@ class UpConfig:
     served_model_name: str
     engine: str = "vllm"
     engine_options: Sequence[str] = ()
-    """For the engines of all workers."""
+    """For the engines of all workers; the coordinator is told those that concern it, too."""
+    coordinator_options: Sequence[str] = ()
+    """More of `kvrelay coordinator`'s own."""
     kv_host_bytes: int = 2 << 30
     """Host memory for KV blocks, of each worker."""
     kv_cache_gib: int = 1
@@ -91,7 +95,20 @@ def _id_suffix(config: UpConfig) -> str:
 def _coordinator_spec(config: UpConfig, places: Places) -> ChildSpec:
     name = coordinator_id(config)
     own = ["--http", places.http, "--grpc", places.grpc, "--coordinator-id", name]
+    own += [*_front_end_options(config.engine_options), *config.coordinator_options]
     return _spec(name, ["coordinator", *_shared_options(config, places), *own], config, places, Share())
+
+
+def _front_end_options(engine_options: Sequence[str]) -> list[str]:
+    """Those engine options that tokenizing and limits depend on, where the engine is vLLM."""
+    chosen: list[str] = []
+    words = [part for word in engine_options for part in word.split("=", 1)]
+    for index, word in enumerate(words):
+        if word in _FRONT_END_OPTIONS:
+            chosen += words[index : index + 2]
+        elif word == "--trust-remote-code":
+            chosen.append(word)
+    return chosen
 
 
 def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> ChildSpec:

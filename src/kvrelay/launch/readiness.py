@@ -53,6 +53,12 @@ async def follow_cluster(etcd: Collection[str], cluster: str, presence: Presence
         tasks.create_task(follow_coordinators(client, cluster, presence))
 
 
+async def etcd_version(etcd: Collection[str]) -> str:
+    """Of the endpoint that answers. Raises `EtcdError`."""
+    async with connect(EtcdConfig(endpoints=list(etcd))) as client:
+        return (await client.status()).version
+
+
 async def wait_listening(address: str) -> None:
     """Until somebody accepts connections at host:port."""
     host, _, port = address.rpartition(":")

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kvrelay.etcd.server import find_etcd, server_arguments
+from kvrelay import logs
+from kvrelay.etcd import EtcdError
+from kvrelay.etcd.server import EtcdServerError, advice, find_etcd, server_arguments
 from kvrelay.launch import devices
 from kvrelay.launch.announcement import announcement
 from kvrelay.launch.display import Display, how_ended, log_tail
 from kvrelay.launch.places import Places, new_log_dir, with_port
 from kvrelay.launch.plan import ETCD, UpConfig, cluster_specs, coordinator_id, etcd_spec, worker_ids
-from kvrelay.launch.readiness import Presence, follow_cluster, wait_listening, wait_ready
+from kvrelay.launch.readiness import Presence, etcd_version, follow_cluster, wait_listening, wait_ready
 from kvrelay.launch.run_directory import remove_leftovers, run_directory
 from kvrelay.launch.state import AlreadyRunningError, hold
 from kvrelay.launch.supervisor import Supervisor, SupervisorConfig, supervise
@@ -34,8 +36,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def run_up(config: UpConfig) -> int:
     """Run until a signal, or until starting turns out to be impossible; returns the exit code.
 
-    The first SIGINT, SIGTERM or SIGHUP ends everything within 10 s, the second one at once. Raises `EtcdServerError`
-    when there is no etcd to start.
+    The first SIGINT, SIGTERM or SIGHUP ends everything within 10 s, the second one at once.
     """
     display = Display(Console(stderr=False))
     try:
@@ -45,10 +46,15 @@ def run_up(config: UpConfig) -> int:
             with run_directory() as run_dir:
                 places = _choose_places(config, run_dir)
                 state.write(places.running_cluster(cluster=config.cluster, model=config.served_model_name))
-                return asyncio.run(_Up(config, places, display).run())
+                with (places.log_dir / "up.log").open("a") as log:
+                    logs.configure(level=config.log_level, stream=log)
+                    return asyncio.run(_Up(config, places, display).run())
     except AlreadyRunningError as error:
         stop = f" Ctrl-C there, or `kill {error.cluster.pid}`, stops it." if error.cluster else ""
         display.say(f"{error}.{stop}")
+        return EXIT_FAILED
+    except EtcdServerError as error:
+        display.say(f"{error}.")
         return EXIT_FAILED
 
 
@@ -66,9 +72,12 @@ class _Up:
         self._failed: str | None = None
         self._missing: set[str] = set()
         self._supervisor: Supervisor | None = None
+        self._etcd_binary = Path()
 
     async def run(self) -> int:
-        """Until told to stop; returns the exit code."""
+        """Until told to stop; returns the exit code. Raises `EtcdServerError` when there is no etcd to start."""
+        if not self._config.etcd:
+            self._etcd_binary = find_etcd(self._config.etcd_binary)
         with _signal_handler(self._on_signal):
             async with supervise(SupervisorConfig(run_id=self._places.run_dir.name), self) as supervisor:
                 self._supervisor = supervisor
@@ -132,13 +141,19 @@ class _Up:
 
     async def _start_etcd(self, supervisor: Supervisor) -> None:
         if self._config.etcd:
+            await self._look_at_etcd()
             return
         host, _, port = self._places.etcd[0].rpartition(":")
         data_dir = self._places.run_dir / "etcd"
-        arguments = server_arguments(find_etcd(self._config.etcd_binary), data_dir, host=host, port=int(port))
+        arguments = server_arguments(self._etcd_binary, data_dir, host=host, port=int(port))
         supervisor.start(etcd_spec(arguments, self._config, self._places))
         await wait_listening(self._places.etcd[0])
         self._display.state(ETCD, "ready", done=True)
+
+    async def _look_at_etcd(self) -> None:
+        with suppress(EtcdError):
+            if text := advice(await etcd_version(self._places.etcd)):
+                self._display.say(f"{text}.")
 
     def _report_failure(self, name: str) -> None:
         path = self._places.log_dir / f"{name}.log"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.etcd import prefix_end
-from kvrelay.etcd.server import EtcdServerError, address_in_log, find_etcd, server_arguments, warn_if_old
+from kvrelay.etcd.server import EtcdServerError, address_in_log, advice, find_etcd, server_arguments
 
 
 @given(prefix=st.binary(min_size=1, max_size=4), key=st.binary(max_size=6))
@@ -59,8 +58,13 @@ def test_falls_back_to_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_etcd().name == "etcd"
 
 
-@pytest.mark.parametrize(("version", "warns"), [("3.5.1", True), ("3.5.6", False), ("3.6.0", False), ("3.4.30", True)])
-def test_warns_of_old_servers(version: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        warn_if_old(version)
-    assert bool(caplog.records) == warns
+@pytest.mark.parametrize("version", ["3.5.1", "3.4.30", "3.5.5"])
+def test_advises_against_old_servers(version: str) -> None:
+    text = advice(version)
+    assert text is not None
+    assert version in text
+
+
+@pytest.mark.parametrize("version", ["3.5.6", "3.5.33", "3.6.0", "4.0.0-rc.1", ""])
+def test_has_nothing_to_say_about_others(version: str) -> None:
+    assert advice(version) is None

@@ -62,6 +62,13 @@ def test_engine_options_go_to_the_workers_behind_everything_else() -> None:
     assert "--" not in specs["coordinator"].arguments
 
 
+def test_the_coordinator_hears_of_engine_options_that_concern_it() -> None:
+    options = ["--dtype=float32", "--max-model-len=4096", "--trust-remote-code", "--tokenizer", "t"]
+    config = dataclasses.replace(CONFIG, engine_options=options, coordinator_options=["--tool-parser", "hermes"])
+    words = shlex.join(_specs(config)["coordinator"].arguments)
+    assert words.endswith("--max-model-len 4096 --trust-remote-code --tokenizer t --tool-parser hermes")
+
+
 def test_temporary_files_stay_in_the_runs_directory() -> None:
     for spec in [*_specs().values(), etcd_spec(["etcd"], CONFIG, PLACES)]:
         assert spec.environment["TMPDIR"] == "/run"
