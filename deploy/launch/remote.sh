@@ -2,9 +2,9 @@
 # How is a process started, looked at and ended on its own machine? ssh.sh sends this file to bash there, and after
 # it a call of one function.
 #
-# A process has a directory: `pid` while it should run (pid, its start time, the machine's boot: together they name
-# one process for ever), `log`, `log.1` of the run before, and `data` of an etcd. It leads a session and a process
-# group of its own.
+# A process has a directory: `pid` while it should run, `log`, `log.1` of the run before, and `data` of an etcd. `pid`
+# has its pid, its start time and the machine's boot, which together name one process for ever, and its directory for
+# temporary files; sockets there need a short path. It leads a session and a process group of its own.
 
 set -u
 umask 077
@@ -20,11 +20,11 @@ start_time() {
 
 boot_id() { cat /proc/sys/kernel/random/boot_id; }
 
-# recorded DIR: sets pid, started and boot of what was started there.
-recorded() { { read -r pid started boot <"$1/pid"; } 2>/dev/null; }
+# recorded DIR: sets pid, started, boot and scratch of what was started there.
+recorded() { { read -r pid started boot scratch <"$1/pid"; } 2>/dev/null; }
 
 is_alive() {
-  local pid started boot
+  local pid started boot scratch
   recorded "$1" && [[ $boot == "$(boot_id)" && $(start_time "$pid") == "$started" ]]
 }
 
@@ -48,7 +48,7 @@ executable() {
 
 # check KVRELAY DIR KIND: can KIND (@kvrelay, @etcd) be started, and does it not run yet?
 check() {
-  local pid started boot
+  local pid started boot scratch
   if is_alive "$2" && recorded "$2"; then
     echo "it runs already (process $pid); stop it first"
     return 1
@@ -59,7 +59,7 @@ check() {
 
 # start KVRELAY DIR SETTING... -- COMMAND...
 start() {
-  local kvrelay=$1 directory settings=() command=() program pid
+  local kvrelay=$1 directory settings=() command=() program scratch pid
   mkdir -p "$2" && directory=$(cd "$2" && pwd) || return 1
   shift 2
   while [[ $1 != -- ]]; do
@@ -74,9 +74,10 @@ start() {
   rm -rf "${directory:?}/data"
   # Relative paths in the hostfile are those of the checkout.
   if [[ $kvrelay == */.venv/bin/* ]]; then cd "${kvrelay%/.venv/bin/*}" || return 1; fi
-  setsid nohup env "${settings[@]}" "${command[@]}" >"$directory/log" 2>&1 </dev/null &
+  scratch=$(mktemp -d -t kvrelay-ssh-XXXXXX) || return 1
+  setsid nohup env "TMPDIR=$scratch" ${settings[@]+"${settings[@]}"} "${command[@]}" >"$directory/log" 2>&1 </dev/null &
   pid=$!
-  echo "$pid $(start_time "$pid") $(boot_id)" >"$directory/pid"
+  echo "$pid $(start_time "$pid") $(boot_id) $scratch" >"$directory/pid"
 }
 
 # http_get HOST:PORT PATH: prints the answer with its head.
@@ -112,7 +113,7 @@ registered() {
 
 # status DIR: one line: running PID TIME, died or stopped.
 status() {
-  local pid started boot
+  local pid started boot scratch
   if is_alive "$1" && recorded "$1"; then
     echo "running $pid $(ps -o etime= -p "$pid" | tr -d ' ')"
   elif [[ -e $1/pid ]]; then
@@ -130,7 +131,7 @@ last_words() {
 
 # stop DIR GRACE_S: SIGTERM to the process, SIGKILL to its group after the grace. Prints what happened.
 stop() {
-  local pid started boot how="was not running"
+  local pid started boot scratch how="was not running"
   local -i end=$((SECONDS + $2))
   if ! recorded "$1"; then
     echo "$how"
@@ -148,7 +149,8 @@ stop() {
     echo "process group $pid does not end"
     return 1
   fi
-  rm -rf "$1/pid" "${1:?}/data"
+  if [[ $scratch == */kvrelay-ssh-* ]]; then rm -rf "$scratch"; fi
+  rm -rf "${1:?}/pid" "${1:?}/data"
   echo "$how"
 }
 
