@@ -97,6 +97,8 @@ class _Up:
     def on_started(self, name: str, pid: int) -> None:
         if not self._is_ready:
             self._display.state(name, "loading" if name != ETCD else "starting")
+        elif name == ETCD:
+            self._display.say("etcd runs again.")
 
     def on_ended(self, name: str, status: int, restart_in_s: float) -> None:
         self._missing.add(name)
