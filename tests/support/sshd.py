@@ -62,7 +62,7 @@ def sshd(binary: str, directory: Path, addresses: Sequence[str]) -> Iterator[Pat
     assert process.stderr is not None
     try:
         waiting = len(addresses)
-        log = []
+        log: list[str] = []
         while waiting:
             line = process.stderr.readline()
             assert line, f"sshd ended: {log}"
