@@ -64,9 +64,8 @@ def test_one_chat_is_one_trace_across_three_processes(default_cluster: LiveClust
     httpx.post(f"{default_cluster.state.http_url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
     names = ("gateway", "schedule", "prefill", "decode", "kv.push", "kv.wait", "engine.prefill", "engine.decode")
-    spans = [span for span in otlp.wait_for(*names) if span.trace_id == TRACE_ID]
+    spans = otlp.wait_for(*names, trace_id=TRACE_ID)
 
-    assert set(names) <= {span.name for span in spans}
     assert {"kvrelay-coordinator", "kvrelay-prefill-worker", "kvrelay-decode-worker"} <= {s.service for s in spans}
     assert_one_tree(spans)
 

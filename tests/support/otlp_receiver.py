@@ -43,17 +43,23 @@ class OtlpReceiver(trace_service_pb2_grpc.TraceServiceServicer):
         with self._changed:
             return list(self._spans)
 
-    def wait_for(self, *names: str, timeout_s: float = 10.0) -> list[ReceivedSpan]:
-        """All spans, once there is at least one of each name. Raises `TimeoutError` naming the missing ones."""
+    def wait_for(self, *names: str, trace_id: str = "", timeout_s: float = 10.0) -> list[ReceivedSpan]:
+        """All spans, of one trace if one is named, once there is at least one of each name.
+
+        Raises `TimeoutError` naming the missing ones.
+        """
+
+        def chosen() -> list[ReceivedSpan]:
+            return [span for span in self._spans if trace_id in ("", span.trace_id)]
 
         def missing() -> list[str]:
-            return [name for name in names if all(span.name != name for span in self._spans)]
+            return [name for name in names if all(span.name != name for span in chosen())]
 
         with self._changed:
             if not self._changed.wait_for(lambda: not missing(), timeout_s):
-                seen = [span.name for span in self._spans]
+                seen = [span.name for span in chosen()]
                 raise TimeoutError(f"no span named {missing()} within {timeout_s} s; seen: {seen}")
-            return list(self._spans)
+            return chosen()
 
     def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
