@@ -22,7 +22,7 @@ class DecodeRole:
             try:
                 await submission.ended.wait()
             finally:
-                await self._host.abort(submission)
+                self._host.abort(submission)
 
     async def _submit(self, request: worker_pb2.Decode, sink: Sink) -> Submission:
         host = self._host

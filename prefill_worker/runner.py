@@ -54,7 +54,7 @@ class PrefillRole:
         try:
             await submission.ended.wait()
         finally:
-            await self._host.abort(submission)
+            self._host.abort(submission)
         await submission.closed.wait()
 
     def _push(self, request: worker_pb2.Prefill, hashes: Sequence[bytes], span: Span) -> Push:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
-from kvrelay.errors import InvalidRequestError
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.worker.engine_calls import EngineCalls
+from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up
 from kvrelay.worker.submission import BlockHandler, Sink, Submission
 from kvrelay.worker.work import Work
@@ -52,6 +53,7 @@ class WorkerHost:
         self.counters: Counter[str] = Counter()
         self.block_size = info.layout.block_size_tokens
         self._engine = engine
+        self._calls = EngineCalls(engine)
         self._tickets = itertools.count(1)
         self._by_ticket: dict[int, Submission] = {}
         self._by_engine_id: dict[str, Submission] = {}
@@ -71,27 +73,8 @@ class WorkerHost:
         return hasher, stored
 
     def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
-        """Refuse what could harm the engine. Raises `InvalidRequestError`.
-
-        The coordinator has checked already; a worker does not rely on it.
-        """
-        limit = self.info.max_model_len_tokens
-        if not 0 < len(prompt_token_ids) < limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt_token_ids)} tokens; allowed are 1 to {limit - 1}", field="prompt"
-            )
-        if not all(word.ids for word in params.bad_words_token_ids):
-            raise InvalidRequestError("a word of bad_words has no tokens", field="bad_words")
-        words = itertools.chain.from_iterable(word.ids for word in params.bad_words_token_ids)
-        ids = itertools.chain(
-            prompt_token_ids, params.allowed_token_ids, params.logit_bias, params.all_stop_token_ids, words
-        )
-        if max(ids) >= self.info.vocab_size:
-            raise InvalidRequestError(
-                f"a token id is outside of the vocabulary of {self.info.vocab_size} tokens", field="prompt"
-            )
-        if params.HasField("max_tokens") and params.max_tokens < 1:
-            raise InvalidRequestError("max_tokens is 0; at least one token is generated", field="max_tokens")
+        """Refuse what could harm the engine. Raises `InvalidRequestError`."""
+        check_request(self.info, prompt_token_ids, params)
 
     async def submit(
         self,
@@ -144,20 +127,18 @@ class WorkerHost:
             cache_salt=work.cache_salt,
             priority=work.priority,
         )
-        sending = asyncio.ensure_future(self._engine.submit(request))
         try:
-            await asyncio.shield(sending)
+            await self._calls.submit(request, lambda: self._drop(submission))
         except asyncio.CancelledError:
-            # It may be on its way: let it arrive, so that the abort finds it.
-            await sending
-            await self.abort(submission)
-            raise
-        except BaseException:
-            self._forget(submission)
-            submission.end()
-            self._close(submission)
+            self.abort(submission)
             raise
         return submission
+
+    def _drop(self, submission: Submission) -> None:
+        """The engine does not take the request."""
+        self._forget(submission)
+        submission.end()
+        self._close(submission)
 
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
@@ -177,17 +158,21 @@ class WorkerHost:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
-    async def abort(self, submission: Submission) -> None:
+    def abort(self, submission: Submission) -> None:
         """End a request early; its slots come back as soon as the engine lets go of them."""
         if submission.ended.is_set():
             return
         self._forget(submission)
         submission.end()
-        await self._engine.abort([submission.engine_request_id])
+        self._calls.abort(submission.engine_request_id)
 
     def _forget(self, submission: Submission) -> None:
         if self._by_engine_id.pop(submission.engine_request_id, None) and not submission.has_first_token:
             self._queued_tokens -= submission.num_prompt_tokens
+
+    async def run_calls(self) -> None:
+        """Pass requests and aborts on to the engine."""
+        await self._calls.run()
 
     async def run(self) -> None:
         """Deliver the engine's steps until it dies; raises `EngineDeadError` then."""
@@ -290,6 +275,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             host.top_up_grants()
             loops = [
                 tasks.create_task(host.run(), name="engine-steps"),
+                tasks.create_task(host.run_calls(), name="engine-calls"),
                 tasks.create_task(host.expire(), name="expire"),
             ]
             try:

@@ -99,19 +99,24 @@ async def test_an_engine_that_refuses_a_request_leaves_nothing() -> None:
         assert_idle(host)
 
 
-async def test_a_submission_cancelled_on_its_way_is_aborted_when_it_has_arrived() -> None:
+@pytest.mark.parametrize("num_cancels", [1, 2, 3])
+@pytest.mark.parametrize("error", [None, RuntimeError("no")])
+async def test_a_submission_cancelled_on_its_way_leaves_nothing(num_cancels: int, error: Exception | None) -> None:
+    """The client cancels, and then its coordinator's stream breaks, too."""
     engine = FragileEngine()
+    engine.submit_error = error
     async with open_host(engine, STORE, Tracing()) as host:
         engine.may_submit.clear()
         task = asyncio.create_task(submit(host, []))
         await eventually(lambda: host.status("w").num_queued_prompt_tokens == len(PROMPT))
-        task.cancel()
-        await asyncio.sleep(0)
+        for _ in range(num_cancels):
+            task.cancel()
+            await asyncio.sleep(0)
         engine.may_submit.set()
         await asyncio.wait([task], timeout=10)
         assert task.cancelled()
-        assert engine.aborted == ["r.1"]
         await eventually(lambda: not host.status("w").store.num_reserved)
+        await eventually(lambda: engine.aborted == ["r.1"])
         assert_idle(host)
 
 
