@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 import psutil
@@ -90,11 +91,11 @@ def test_when_up_is_killed_nothing_survives_and_the_next_one_tidies_up(tmp_path:
     assert "The cluster did not start" in text
 
 
-def _up(home: Path, *flags: str, stdout: object = subprocess.PIPE) -> subprocess.Popen[bytes]:
+def _up(home: Path, *flags: str, stdout: int | BinaryIO = subprocess.PIPE) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "kvrelay.cli", "up", *flags],
         env={**os.environ, "XDG_STATE_HOME": str(home)},
-        stdout=stdout,  # type: ignore[arg-type]
+        stdout=stdout,
         stderr=subprocess.STDOUT,
     )
 
