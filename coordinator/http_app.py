@@ -73,7 +73,7 @@ class Gateway:
         body = None
         try:
             method, handler = self._find(scope["path"])
-            if scope["method"] != method:
+            if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
                 raise HttpError(
                     status=HTTPStatus.METHOD_NOT_ALLOWED,
                     message=f"{scope['method']} is not offered for {scope['path'][:200]!r}; use {method}",

@@ -57,6 +57,7 @@ async def _read(receive: Receive, headers: Headers, limits: HttpLimits) -> bytes
         raise HttpError(
             status=HTTPStatus.REQUEST_TIMEOUT,
             message=f"the body did not arrive within {limits.body_timeout_s:g} s",
+            headers={"connection": "close"},
         ) from error
     return bytes(body)
 

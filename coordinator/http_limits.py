@@ -29,6 +29,9 @@ class HttpLimits:
     max_logit_biases: int = 1024
     max_bad_words: int = 128
     max_bad_word_chars: int = 256
+    max_tokenize_chars: int = 1024 * 1024
+    """Of a text or chat to tokenize, which need not fit into the model's context."""
+    max_detokenize_tokens: int = 128 * 1024
     retry_after_s: int = 1
     """Sent with 429 and 503."""
 

@@ -46,6 +46,13 @@ def _small(_: RequestBounds) -> int:
     return 1024
 
 
+def check_tokenized_messages(name: str, value: Any, bounds: RequestBounds) -> None:
+    check_messages(name, value, bounds)
+    array(lambda bounds: bounds.limits.max_messages, lambda bounds: bounds.limits.max_tokenize_chars)(
+        name, value, bounds
+    )
+
+
 def check_tool_choice(name: str, value: Any, bounds: RequestBounds) -> None:
     """A word or one function's name; which words there are, vLLM knows."""
     if not isinstance(value, str):
@@ -126,15 +133,16 @@ COMPLETION: dict[str, Check] = {
 
 TOKENIZE: dict[str, Check] = {
     **_TEMPLATE,
+    "messages": check_tokenized_messages,
     "model": string(1024),
-    "prompt": string(_INT31),
+    "prompt": string(lambda bounds: bounds.limits.max_tokenize_chars),
     "add_special_tokens": boolean,
     "return_token_strs": boolean,
 }
 
 DETOKENIZE: dict[str, Check] = {
     "model": string(1024),
-    "tokens": token_ids(lambda bounds: _INT31),
+    "tokens": token_ids(lambda bounds: bounds.limits.max_detokenize_tokens),
 }
 
 WITHOUT_EFFECT = frozenset(

@@ -89,10 +89,11 @@ def integer(low: int, high: int | Callable[[RequestBounds], int]) -> Check:
     return check
 
 
-def string(max_chars: int) -> Check:
-    def check(name: str, value: Any, _: RequestBounds) -> None:
-        if not isinstance(value, str) or len(value) > max_chars:
-            raise refuse(name, value, f"a string of at most {max_chars} characters")
+def string(max_chars: int | Callable[[RequestBounds], int]) -> Check:
+    def check(name: str, value: Any, bounds: RequestBounds) -> None:
+        most = max_chars if isinstance(max_chars, int) else max_chars(bounds)
+        if not isinstance(value, str) or len(value) > most:
+            raise refuse(name, value, f"a string of at most {most} characters")
 
     return check
 

@@ -122,6 +122,7 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_schema"}),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x" * 70_000]}}}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}),
     ("structured_outputs", {"regex": "("}),
     ("structured_outputs", {"regex": "a\x00"}),
     ("structured_outputs", {"regex": "(" * 3000 + "a" + ")" * 3000}),
@@ -273,6 +274,8 @@ BAD_CHAT: list[dict[str, Any]] = [
     {"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 300_000}}]},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"tool_choice": "required"},
+    {"tool_choice": "whichever"},
+    {"tool_choice": 5},
     {"tool_choice": {"type": "function"}},
     {"chat_template": "{{ 1 }}"},
     {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
@@ -312,9 +315,23 @@ async def test_bad_fields_of_a_completion_are_refused(served: GatewayUnderTest, 
 
 async def test_bad_requests_to_tokenize_are_refused(served: GatewayUnderTest) -> None:
     messages = [{"role": "user", "content": "Hello"}]
-    for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": 5}, {"prompt": ["a"]}, {"messages": "a"}):
+    for body in (
+        {},
+        {"prompt": "a", "messages": messages},
+        {"prompt": 5},
+        {"prompt": ["a"]},
+        {"messages": "a"},
+        {"prompt": "x" * 2**21},
+    ):
         check_error(await served.post("/tokenize", body), 400)
-    for body in ({}, {"tokens": "a"}, {"tokens": [-1]}, {"tokens": [49152]}, {"tokens": [2**70]}):
+    for body in (
+        {},
+        {"tokens": "a"},
+        {"tokens": [-1]},
+        {"tokens": [49152]},
+        {"tokens": [2**70]},
+        {"tokens": [1] * 2**18},
+    ):
         check_error(await served.post("/detokenize", body), 400)
     for route, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
         check_error(await served.post(route, {**body, "model": "other"}), 404, "model")
@@ -337,6 +354,7 @@ async def test_unknown_paths_and_methods_get_the_error_object(served: GatewayUnd
     check_error(response, 405)
     assert response.headers["allow"] == "POST"
     check_error(await served.http.post("/health"), 405)
+    assert (await served.http.head("/health")).status_code == 200
     check_error(await served.http.delete("/v1/models/fake-model"), 405)
 
 
