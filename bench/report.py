@@ -77,7 +77,7 @@ class Report:
             "commit": commit(),
             "versions": versions(),
             "config": dict(self.config),
-            "rows": [{name: _plain(value) for name, value in row.items()} for row in self.rows],
+            "rows": [_json_row(row) for row in self.rows],
             "notes": self.notes,
         }
 
@@ -152,7 +152,8 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Spread):
-        return {"median": value.median, "low": value.low, "high": value.high}
-    return value
+def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians as plain numbers, and beside them `spread`: name -> [low, high]."""
+    spreads = {name: [value.low, value.high] for name, value in row.items() if isinstance(value, Spread)}
+    plain = {name: value.median if isinstance(value, Spread) else value for name, value in row.items()}
+    return {**plain, "spread": spreads} if spreads else plain
