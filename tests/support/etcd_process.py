@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvrelay import keeper
 from kvrelay.etcd.server import RunningEtcd, run_etcd
+from tests.support.processes import gone
 
 
 class EtcdProcess:
@@ -28,10 +29,11 @@ class EtcdProcess:
         return self._running.endpoint
 
     def kill(self) -> None:
-        """SIGKILL of the server itself."""
+        """SIGKILL of the server itself; its port is free afterwards."""
         assert self._running is not None
         (server,) = keeper.children(self._running.pid)
         os.kill(server, signal.SIGKILL)
+        assert gone([server])
 
     async def start(self) -> None:
         """The first time at a free port, then at the same one with the same data."""
