@@ -84,6 +84,11 @@ def test_a_cluster_on_two_machines(tmp_path: Path, settings: dict[str, str]) -> 
         ]
         assert f"address={SECOND}:{decode}" in launch("logs", "decode-0").stdout
         assert launch("logs", "-n", "1", "4").stdout.count("\n") == 1
+        with launch.running("logs", "-f", "-n", "1", "decode-0") as following:
+            assert following.stdout is not None
+            assert following.stdout.readline().startswith("decode-0: ")
+            following.terminate()
+            assert following.wait(timeout=20) == 130
         scratch = [Path(path.read_text().split()[3]) for path in tmp_path.glob("run/*/pid")]
         assert all(directory.is_dir() for directory in scratch)
     finally:

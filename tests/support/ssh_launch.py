@@ -24,13 +24,24 @@ class SshLaunch:
         """The finished command with its output."""
         return subprocess.run(
             [SCRIPT, self.hostfile, *arguments],
-            env={**_without_settings(), **self.environment},
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
+
+    def running(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command with a pipe from its standard output; the caller ends it."""
+        command = [str(SCRIPT), str(self.hostfile), *arguments]
+        return subprocess.Popen(
+            command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+
+    def _environment(self) -> dict[str, str]:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
+        return {**own, **self.environment}
 
 
 def make_launch(directory: Path, hostfile: str, **environment: str) -> SshLaunch:
@@ -52,7 +63,3 @@ def processes_with(setting: str) -> list[str]:
             except OSError:
                 continue
     return found
-
-
-def _without_settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
