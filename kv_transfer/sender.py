@@ -72,7 +72,7 @@ class Push:
         except PeerError as error:
             self.result.error = str(error)
         except TimeoutError:
-            self.result.error = f"{self._peer.address} acknowledged nothing for {_ACK_TIMEOUT_S:.0f} s"
+            self.result.error = f"{self._peer.address} took nothing for {_ACK_TIMEOUT_S:.0f} s"
         finally:
             self.close()
         return self.result
@@ -136,7 +136,8 @@ class Push:
         self.result.num_bytes += sum(len(part) for part in parts)
         for part in parts:  # A cancelled task's traceback would keep them, and the segment could not be closed.
             part.release()
-        await self._peer.send(frame)
+        async with asyncio.timeout(_ACK_TIMEOUT_S):
+            await self._peer.send(frame)
 
     def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
