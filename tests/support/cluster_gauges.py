@@ -45,10 +45,11 @@ class ClusterGauges:
 @asynccontextmanager
 async def open_gauges(cluster: RunningCluster) -> AsyncIterator[ClusterGauges]:
     """Connect to every registered worker."""
+    async with etcd.connect(etcd.EtcdConfig(endpoints=cluster.etcd)) as client:
+        workers = await membership.list_workers(client, cluster.cluster)
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(etcd.connect(etcd.EtcdConfig(endpoints=cluster.etcd)))
         stubs = {}
-        for worker in await membership.list_workers(client, cluster.cluster):
+        for worker in workers:
             channel = await stack.enter_async_context(open_channel(worker.address))
             stubs[worker.worker_id] = worker_pb2_grpc.WorkerStub(channel)
         yield ClusterGauges(stubs)

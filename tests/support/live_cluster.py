@@ -35,7 +35,8 @@ class LiveCluster:
 
     def process_of(self, command: str) -> psutil.Process:
         """The child that runs `kvrelay COMMAND`."""
-        return next(child for child in self.children() if command in child.cmdline())
+        lines = ((child, child.cmdline()) for child in self.children())
+        return next(child for child, line in lines if command in line and "kvrelay.keeper" not in " ".join(line))
 
 
 def free_port_addresses() -> Sequence[str]:
