@@ -12,7 +12,7 @@ async def eventually(condition: Callable[[], object], what: str = "", *, timeout
     """Return as soon as `condition()` is true. Raises `AssertionError` naming `what` after `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110 - of anything, not of an event
+            while not condition():
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise AssertionError(f"not within {timeout_s} s: {what or condition}") from None

@@ -109,5 +109,5 @@ async def fake_cluster(
 async def until(condition: Any, timeout_s: float = 10.0) -> None:
     """Let the event loop run until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.001)
