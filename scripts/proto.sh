@@ -8,6 +8,6 @@ mapfile -t sources < <(find protos -name '*.proto' | sort)
   --plugin=protoc-gen-mypy=.venv/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=.venv/bin/protoc-gen-mypy_grpc \
   --python_out="$out" --grpc_python_out="$out" --mypy_out="quiet:$out" --mypy_grpc_out="quiet:$out" "${sources[@]}"
 # Files without a service get an empty service stub; nobody imports it.
-for stub in $(find "$out/kvrelay" -name '*_pb2_grpc.py'); do
+find "$out/kvrelay" -name '*_pb2_grpc.py' | while read -r stub; do
   if ! grep -q '^class ' "$stub"; then rm -f "$stub" "${stub}i"; fi
 done
