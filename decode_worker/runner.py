@@ -36,8 +36,7 @@ class DecodeRole:
         finally:
             host.receiver.let_go(transfer_id)
         counters = work.timeline.counters
-        counters["decode.blocks_loaded"] = len(stored.load)
-        counters["decode.tokens_loaded"] = stored.load_tokens
+        counters["decode.tokens_stored"] = stored.load_tokens
         if transfer is not None and transfer.received_bytes:
             counters["kv.received_bytes"] = transfer.received_bytes
             work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)

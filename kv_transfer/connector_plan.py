@@ -15,8 +15,8 @@ class Copies:
     """(slot, engine block): read before the forward pass."""
     saves: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(slot, engine block, ticket, index of the block in its request): written after it."""
-    loaded: list[int] = field(default_factory=list)
-    """Tickets whose slots are not read after this step's loads."""
+    loaded: list[tuple[int, int]] = field(default_factory=list)
+    """(ticket, number of its blocks among `loads`): its slots are not read after this step's loads."""
     closed: list[int] = field(default_factory=list)
     """Tickets that are over: no copy for them follows."""
 
@@ -73,11 +73,11 @@ class ConnectorPlan:
         state = self._requests.get(request_id)
         if state is None or state.loaded:
             return
-        if num_external_tokens:
-            for i in range((state.load_tokens - num_external_tokens) // self._block_size, len(state.load)):
-                self._copies.loads.append((state.load[i], block_ids[i]))
+        first = (state.load_tokens - num_external_tokens) // self._block_size
+        blocks = range(first, len(state.load)) if num_external_tokens else ()
+        self._copies.loads.extend((state.load[i], block_ids[i]) for i in blocks)
+        self._copies.loaded.append((state.ticket, len(blocks)))
         state.loaded = True
-        self._copies.loaded.append(state.ticket)
 
     def scheduled(self, request_id: str, num_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
         """After this step the request's first `num_tokens` tokens have their KV: save the blocks they complete."""

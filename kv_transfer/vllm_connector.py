@@ -122,7 +122,7 @@ class KvRelayConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         copies = self._copies()
         self._copier.load(copies.loads)
-        self._reports.write(RankReport(LOADED, self._rank, ticket, 0, 0) for ticket in copies.loaded)
+        self._reports.write(RankReport(LOADED, self._rank, ticket, count, 0) for ticket, count in copies.loaded)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are over before the forward pass starts."""

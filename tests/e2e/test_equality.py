@@ -66,7 +66,7 @@ async def test_the_decode_engine_loads_the_prompt_instead_of_computing_it(client
     assert generation.timeline is not None
     counters = generation.timeline.counters
     assert counters["decode.blocks_loaded"] == math.ceil(num_tokens / BLOCK_TOKENS)
-    assert counters["decode.tokens_loaded"] == num_tokens
+    assert counters["decode.tokens_stored"] == num_tokens
     assert counters["kv.received_bytes"] > 0
 
 

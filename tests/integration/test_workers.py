@@ -46,10 +46,10 @@ async def test_a_hand_off_changes_no_token_and_computes_no_token_twice(num_token
         tokens, answer = await pair.generate("r", prompt, 12)
         assert tokens == expected(prompt, 12)
         assert answer.finish_reason == LENGTH
-        assert answer.counters["decode.tokens_loaded"] == num_tokens
+        assert answer.counters["decode.tokens_stored"] == num_tokens
         assert answer.counters["decode.blocks_loaded"] == num_blocks(num_tokens)
         assert answer.num_cached_tokens == num_tokens
-        assert pair.d.status().counters["prompt_blocks_loaded"] == num_blocks(num_tokens)
+        assert pair.d.status().counters["blocks_loaded"] == num_blocks(num_tokens)
         await pushed(pair, num_blocks(num_tokens))
         assert "kv.last_frame" in answer.events
 
@@ -59,7 +59,7 @@ async def test_without_the_prefill_workers_token_all_but_one_token_is_loaded() -
         await over(pair.prefill("r", PROMPT))
         answer = await over(pair.decode("r", PROMPT, 10))
         assert answer.token_ids == expected(PROMPT, 10)
-        assert answer.counters["decode.tokens_loaded"] == len(PROMPT) - 1
+        assert answer.counters["decode.tokens_stored"] == len(PROMPT) - 1
 
 
 async def test_the_decode_may_come_before_the_blocks() -> None:
@@ -71,7 +71,7 @@ async def test_the_decode_may_come_before_the_blocks() -> None:
         pair.p.steps.open()
         await over(answer)
         assert answer.token_ids == expected(PROMPT, 10)
-        assert answer.counters["decode.tokens_loaded"] == len(PROMPT) - 1
+        assert answer.counters["decode.tokens_stored"] == len(PROMPT) - 1
         await over(first)
 
 
@@ -105,7 +105,7 @@ async def test_completions_of_one_prompt_share_its_transfer() -> None:
             await over(answers[-1])
         for i, answer in enumerate(answers):
             assert answer.token_ids == expected(PROMPT, 8, seed=i)
-            assert answer.counters["decode.tokens_loaded"] == len(PROMPT) - 1
+            assert answer.counters["decode.tokens_stored"] == len(PROMPT) - 1
         await pair.idle()
 
 
@@ -116,7 +116,7 @@ async def test_the_next_turn_finds_generated_blocks() -> None:
         await pushed(pair, num_blocks(len(PROMPT)))
         answer, rest = await pair.generate("turn-2", prompt, 5)
         assert answer == expected(prompt, 5)
-        assert rest.counters["decode.tokens_loaded"] == len(prompt)
+        assert rest.counters["decode.tokens_stored"] == len(prompt)
         # Full blocks of the first turn, generated ones too, were there already: but for the last token's.
         num_known = (len(PROMPT) + len(tokens) - 1) // BLOCK
         await pushed(pair, num_blocks(len(PROMPT)) + num_blocks(len(prompt)) - num_known)
@@ -128,7 +128,7 @@ async def test_a_prompt_seen_before_is_neither_computed_nor_sent_again() -> None
         await pushed(pair, num_blocks(len(PROMPT)))
         tokens, answer = await pair.generate("b", PROMPT, 3)
         assert tokens == expected(PROMPT, 3)
-        assert answer.counters["decode.tokens_loaded"] == len(PROMPT)
+        assert answer.counters["decode.tokens_stored"] == len(PROMPT)
         assert "kv.received_bytes" not in answer.counters
         assert "kv.last_frame" not in answer.events
         await pair.idle()
@@ -141,7 +141,7 @@ async def test_salts_keep_tenants_apart() -> None:
         await over(pair.prefill("a", PROMPT, cache_salt="a"))
         await over(pair.decode("a", PROMPT, 2, cache_salt="a"))
         answer = await over(pair.decode("b", PROMPT, 2, cache_salt="b", kv_wait_ms=0))
-        assert answer.counters["decode.tokens_loaded"] == 0
+        assert answer.counters["decode.tokens_stored"] == 0
         assert answer.token_ids == expected(PROMPT, 2)
 
 
@@ -151,7 +151,7 @@ async def test_blocks_that_are_late_are_computed() -> None:
         first = await over(pair.prefill("r", PROMPT))
         answer = await over(pair.decode("r", [*PROMPT, *first.token_ids], 5, kv_wait_ms=20))
         assert first.token_ids + answer.token_ids == expected(PROMPT, 6)
-        assert answer.counters["decode.tokens_loaded"] == 0
+        assert answer.counters["decode.tokens_stored"] == 0
         pair.d.kv.frames.open()
         await pair.idle()
 
@@ -162,7 +162,7 @@ async def test_blocks_that_are_not_offered_in_time_are_computed_and_not_taken_la
         first = await over(pair.prefill("r", PROMPT))
         answer = await over(pair.decode("r", PROMPT, 5, kv_wait_ms=20))
         assert answer.token_ids == expected(PROMPT, 5)
-        assert answer.counters["decode.tokens_loaded"] == 0
+        assert answer.counters["decode.tokens_stored"] == 0
         pair.d.kv.offers.open()
         await pair.idle()
         assert first.token_ids == expected(PROMPT, 1)
@@ -172,7 +172,7 @@ async def test_nobody_is_waited_for_when_no_prefill_worker_is_involved() -> None
     async with open_pair() as pair:
         answer = await over(pair.decode("r", PROMPT, 5, kv_wait_ms=0))
         assert answer.token_ids == expected(PROMPT, 5)
-        assert answer.counters["decode.tokens_loaded"] == 0
+        assert answer.counters["decode.tokens_stored"] == 0
 
 
 @pytest.mark.parametrize(("p_slots", "d_slots"), [(3, 512), (512, 3), (1, 1), (512, 1)])
@@ -182,7 +182,7 @@ async def test_a_store_too_small_for_the_prompt_costs_time_only(p_slots: int, d_
             tokens, answer = await pair.generate(f"r{turn}", PROMPT, 10)
             assert tokens == expected(PROMPT, 10)
             # Slots of the prefill worker come back as soon as their blocks are sent.
-            assert answer.counters["decode.tokens_loaded"] <= d_slots * BLOCK
+            assert answer.counters["decode.tokens_stored"] <= d_slots * BLOCK
         await pair.idle()
 
 

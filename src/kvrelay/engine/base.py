@@ -59,7 +59,7 @@ class KvReportKind(enum.IntEnum):
     """What the engine has done with slots."""
 
     LOADED = 1
-    """Every slot of `load` was read; the engine does not read them again."""
+    """The engine does not read the slots of `load` again; `block` is the number of blocks it took from them."""
     SAVED = 2
     """Block `block` is complete in `slot`."""
     CLOSED = 3

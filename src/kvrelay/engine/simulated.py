@@ -129,7 +129,7 @@ class SimulatedEngine(Engine):
             # A block that the prompt does not fill was stored under the tokens it had.
             valid = digests[block : block + 1] + (last if block >= len(digests) - 1 else [])
             check_block(self._config, valid, block, slot, bytes(self._segment.slot_view(slot)))
-        self._reports.append(KvReport(KvReportKind.LOADED, sequence.request.kv.ticket))
+        self._reports.append(KvReport(KvReportKind.LOADED, sequence.request.kv.ticket, len(sequence.request.kv.load)))
 
     def _save(self, sequence: SequenceState) -> None:
         """Copy the blocks that are complete now; a block without a slot ends the saving of its request.

@@ -117,7 +117,6 @@ class WorkerHost:
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
         self._queued_tokens += submission.num_prompt_tokens
-        self.counters["prompt_blocks_loaded"] += len(stored.load)
         self.counters["requests"] += 1
         request = EngineRequest(
             request_id=submission.engine_request_id,
@@ -213,7 +212,8 @@ class WorkerHost:
                 self.counters["blocks_saved"] += 1
                 submission.saved(report.block, report.slot)
             elif report.kind is KvReportKind.LOADED:
-                submission.loaded()
+                self.counters["blocks_loaded"] += report.block
+                submission.loaded(report.block)
             else:
                 self._close(submission)
         self.top_up_grants()

@@ -55,8 +55,12 @@ class Submission:
         self._on_block = on_block
         self.has_first_token = False
 
-    def loaded(self) -> None:
-        """The engine has read the loaded slots."""
+    def loaded(self, num_blocks: int) -> None:
+        """The engine has taken so many blocks from the loaded slots, and reads them no more."""
+        self.work.timeline.counters[f"{self.work.name}.blocks_loaded"] = num_blocks
+        self._unpin_loaded()
+
+    def _unpin_loaded(self) -> None:
         self._store.unpin(self._loading)
         self._loading = []
 
@@ -94,7 +98,7 @@ class Submission:
 
     def close(self) -> None:
         """The engine is done with every slot."""
-        self.loaded()
+        self._unpin_loaded()
         self._store.release(self._saving.values())
         self._saving.clear()
         self.closed.set()

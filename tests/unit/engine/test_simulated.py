@@ -132,7 +132,7 @@ async def test_loaded_blocks_are_not_computed_and_the_answer_is_the_same(rig: Ri
     ticket = await rig.submit("d", [*range(10), *rig.tokens("p")], load=[0, 1], max_tokens=4)
     await rig.run()
     assert rig.tokens("p") + rig.tokens("d") == expected_tokens(range(10), 5, CONFIG)
-    assert rig.of(LOADED) == [KvReport(LOADED, ticket)]
+    assert rig.of(LOADED) == [KvReport(LOADED, ticket, block=2)]
     assert next(delta for delta in rig.deltas if delta.request_id == "d").num_cached_tokens == 8
     one_prefill = CONFIG.step_s(3, 1, any_decode=False)
     assert rig.now - before == pytest.approx(one_prefill + 3 * CONFIG.step_s(0, 1, any_decode=True))

@@ -42,7 +42,7 @@ def test_stored_blocks_are_loaded_once_and_reported_in_that_step() -> None:
     plan.allocated("r", BLOCKS, 3 * BLOCK)
     copies = scheduled(plan, 3 * BLOCK + 2)
     assert copies.loads == [(100, 7), (101, 8), (102, 9)]
-    assert copies.loaded == [1]
+    assert copies.loaded == [(1, 3)]
     assert copies.saves == []
     assert plan.take() == Copies()
 
@@ -51,7 +51,8 @@ def test_what_the_engine_has_itself_is_not_loaded() -> None:
     plan = plan_of(load=SLOTS[:3])
     assert plan.matched_tokens("r", 2 * BLOCK) == BLOCK
     plan.allocated("r", BLOCKS, BLOCK)
-    assert plan.take().loads == [(102, 9)]
+    copies = plan.take()
+    assert (copies.loads, copies.loaded) == ([(102, 9)], [(1, 1)])
 
 
 def test_slots_are_let_go_of_when_the_engine_has_every_block_itself() -> None:
@@ -60,7 +61,7 @@ def test_slots_are_let_go_of_when_the_engine_has_every_block_itself() -> None:
     plan.allocated("r", BLOCKS, 0)
     copies = scheduled(plan, 4 * BLOCK)
     assert copies.loads == []
-    assert copies.loaded == [1]
+    assert copies.loaded == [(1, 0)]
     assert saves(copies) == [(102, 9), (103, 10)], "the store lacks the third block, though the engine had it"
 
 
@@ -158,7 +159,7 @@ def test_slots_of_which_no_token_counts_are_let_go_of() -> None:
     assert plan.matched_tokens("r", 0) == 0
     plan.allocated("r", BLOCKS, 0)
     copies = scheduled(plan, 1)
-    assert (copies.loads, copies.loaded) == ([], [1])
+    assert (copies.loads, copies.loaded) == ([], [(1, 0)])
 
 
 def test_the_last_block_of_a_prompt_is_saved_with_the_tokens_that_it_has() -> None:

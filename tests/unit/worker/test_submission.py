@@ -83,9 +83,9 @@ class Rig:
 def test_a_loaded_slot_is_held_until_it_was_read() -> None:
     rig = Rig()
     assert rig.store.usage().num_pinned == 1
-    rig.submission.loaded()
+    rig.submission.loaded(2)
     assert rig.store.usage().num_pinned == 0
-    rig.submission.loaded()
+    rig.submission.loaded(2)
 
 
 def test_prompt_blocks_are_stored_under_their_names() -> None:
