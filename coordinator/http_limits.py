@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vllm.config import ModelConfig
 
+from kvrelay.coordinator.prompt_limits import MAX_CONSTRAINT_BYTES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpLimits:
@@ -20,7 +22,7 @@ class HttpLimits:
     max_messages: int = 4096
     max_tools: int = 128
     max_tools_bytes: int = 256 * 1024
-    max_constraint_bytes: int = 64 * 1024
+    max_constraint_bytes: int = MAX_CONSTRAINT_BYTES
     """Of a JSON schema, regular expression or grammar; compiling one of this size takes an engine some seconds."""
     max_stop_strings: int = 16
     max_stop_chars: int = 256

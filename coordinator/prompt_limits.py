@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from vllm.sampling_params import SamplingParams
@@ -9,6 +10,8 @@ from vllm.sampling_params import SamplingParams
 from kvrelay.errors import InvalidRequestError
 
 PRIORITY_LIMIT = 2**31
+MAX_CONSTRAINT_BYTES = 64 * 1024
+"""A grammar compiles in seconds at this size, in the engine; time grows with the square of it."""
 
 
 def check_prompt(token_ids: Sequence[int], *, max_model_len_tokens: int, vocab_size: int) -> None:
@@ -42,6 +45,20 @@ def check_request(params: SamplingParams, priority: int, *, max_completions: int
         raise InvalidRequestError(f"n is {params.n}; at most {max_completions} completions are offered", field="n")
     if not -PRIORITY_LIMIT <= priority < PRIORITY_LIMIT:
         raise InvalidRequestError(f"priority is {priority}; it must fit into 32 bits", field="priority")
+    _check_constraint(params)
+
+
+def _check_constraint(params: SamplingParams) -> None:
+    constraint = params.structured_outputs
+    if constraint is None:
+        return
+    texts = [constraint.json, constraint.regex, constraint.grammar, constraint.structural_tag, constraint.choice]
+    num_bytes = sum(len(text if isinstance(text, str) else json.dumps(text)) for text in texts if text)
+    if num_bytes > MAX_CONSTRAINT_BYTES:
+        raise InvalidRequestError(
+            f"structured_output has {num_bytes} bytes; at most {MAX_CONSTRAINT_BYTES} are taken",
+            field="structured_output",
+        )
 
 
 def clamp_max_tokens(params: SamplingParams, num_prompt_tokens: int, max_model_len_tokens: int) -> None:

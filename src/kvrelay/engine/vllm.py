@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -89,6 +90,9 @@ class VllmEngine(Engine):
             "grant_path": self._grants.reader_path,
         }
         vllm_config = await asyncio.to_thread(_engine_config, self._config, extra)
+        if current_platform.is_cpu() and vllm_config.model_config.enforce_eager:
+            # Otherwise the first request for log probabilities compiles a kernel, and everybody waits 20 s.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # Starting takes half a minute and blocks; signals are handled meanwhile.
         self._client = await asyncio.to_thread(_start_core, vllm_config)
         layout = RankLayout.read(segment.header)

@@ -164,6 +164,14 @@ TOKENS = common_pb2.TokenIds(ids=[1])
             "INVALID_ARGUMENT",
             "JSON",
         ),
+        (
+            Generate(
+                token_ids=TOKENS,
+                sampling=common_pb2.SamplingParams(structured_output=common_pb2.StructuredOutput(regex="a" * 70_000)),
+            ),
+            "INVALID_ARGUMENT",
+            "at most 65536",
+        ),
         (Generate(chat=inference_pb2.Chat()), "INVALID_ARGUMENT", "chat.messages"),
         (
             Generate(chat=inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="robot")])),
