@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -18,6 +19,7 @@ AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
 _PushCall = grpc.aio.StreamStreamCall[bytes, kv_transfer_pb2.FrameAck]
 
 _RPC_TIMEOUT_S = 10.0
+_IDLE_S = 300.0
 
 
 class PeerError(ConnectionError):
@@ -132,13 +134,16 @@ class Peer:
 class Peers:
     """The peers of one worker, made on demand, each with its running task."""
 
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._tasks = tasks
+        self._clock = clock
         self._peers: dict[str, tuple[Peer, asyncio.Task[None]]] = {}
+        self._used_s: dict[str, float] = {}
 
     def get(self, address: str) -> Peer:
         """The peer at `host:port`."""
         known = self._peers.get(address)
+        self._used_s[address] = self._clock()
         if known is None:
             peer = Peer(address)
             known = self._peers[address] = peer, self._tasks.create_task(peer.run(), name=f"push-{address}")
@@ -148,12 +153,23 @@ class Peers:
     def num_transfers(self) -> int:
         return sum(peer.num_transfers for peer, _ in self._peers.values())
 
+    async def expire(self) -> None:
+        """Close what nobody has used for a while: workers come and go, and each comes at another address."""
+        latest_s = self._clock() - _IDLE_S
+        for address, (peer, _) in list(self._peers.items()):
+            if not peer.num_transfers and self._used_s[address] < latest_s:
+                await self._close(address)
+
     async def close(self) -> None:
         """End all streams and channels."""
-        for peer, task in self._peers.values():
-            task.cancel()
-            await peer.close()
-        self._peers.clear()
+        for address in list(self._peers):
+            await self._close(address)
+
+    async def _close(self, address: str) -> None:
+        peer, task = self._peers.pop(address)
+        del self._used_s[address]
+        task.cancel()
+        await peer.close()
 
 
 def _as_it_is(frame: bytes) -> bytes:

@@ -157,6 +157,11 @@ class Receiver:
             transfer.pinned.append(self._store.commit(slot, transfer.hashes[index]))
             transfer.received_blocks += 1
 
+    def is_open(self, transfer_id: int) -> bool:
+        """Whether wanted blocks of the transfer are missing and may still come."""
+        transfer = self._transfers.get(transfer_id)
+        return transfer is not None and not transfer.settled
+
     def commit(self, transfer_id: int) -> int:
         """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""
         transfer = self._transfers.get(transfer_id)

@@ -33,19 +33,28 @@ class KvTransferService:
         return kv_transfer_pb2.Want(transfer_id=transfer_id, blocks=blocks)
 
     async def push(self, frames: AsyncIterator[bytes], context: _Context) -> AsyncIterator[kv_transfer_pb2.FrameAck]:
-        """See kv_transfer.proto."""
-        async for data in frames:
-            try:
-                header, payload = decode_frame(data)
-            except FrameError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            status = self._receiver.place(header, payload)
-            yield kv_transfer_pb2.FrameAck(
-                transfer_id=header.transfer_id,
-                first_block=header.first_block,
-                num_blocks=header.num_blocks,
-                status=status,
-            )
+        """See kv_transfer.proto. With the stream end the transfers on it: whoever waits computes the rest at once."""
+        unfinished: set[int] = set()
+        try:
+            async for data in frames:
+                try:
+                    header, payload = decode_frame(data)
+                except FrameError as error:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                status = self._receiver.place(header, payload)
+                if self._receiver.is_open(header.transfer_id):
+                    unfinished.add(header.transfer_id)
+                else:
+                    unfinished.discard(header.transfer_id)
+                yield kv_transfer_pb2.FrameAck(
+                    transfer_id=header.transfer_id,
+                    first_block=header.first_block,
+                    num_blocks=header.num_blocks,
+                    status=status,
+                )
+        finally:
+            for transfer_id in unfinished:
+                self._receiver.commit(transfer_id)
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:
         """See kv_transfer.proto."""

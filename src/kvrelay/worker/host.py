@@ -230,10 +230,11 @@ class WorkerHost:
             self._engine.grant(slots)
 
     async def expire(self) -> None:
-        """Let go of transfers that nobody asks for."""
+        """Let go of transfers that nobody asks for, and of peers that nobody sends to."""
         while True:
             await asyncio.sleep(_EXPIRE_INTERVAL_S)
             self.counters["transfers_expired"] += self.receiver.expire()
+            await self.peers.expire()
 
     def status(self, worker_id: str) -> worker_pb2.WorkerStatus:
         """Gauges of this moment."""

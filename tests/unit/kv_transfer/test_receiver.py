@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +12,8 @@ from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver, Transfer
 from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
-from kvrelay.kv_transfer.wire import FrameHeader, checksum
+from kvrelay.kv_transfer.service import KvTransferService
+from kvrelay.kv_transfer.wire import FrameHeader, checksum, encode_frame
 from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
@@ -373,3 +375,25 @@ async def test_what_somebody_waits_for_does_not_expire(rig: Rig) -> None:
     assert rig.receiver.expire() == 0
     rig.place(transfer_id, 0, content(0))
     assert await task is not None
+
+
+async def test_a_stream_that_ends_ends_its_unfinished_transfers(rig: Rig) -> None:
+    done, _ = rig.offer("done", [1])
+    cut, _ = rig.offer("cut", [2, 3])
+
+    async def frames() -> AsyncIterator[bytes]:
+        for transfer_id, block in ((done, 1), (cut, 2)):
+            payload = content(block)
+            yield encode_frame(FrameHeader(transfer_id, 0, 1, 0, LAYERS, checksum([payload])), [payload])
+
+    service = KvTransferService(rig.receiver)
+    acks = [ack.status async for ack in service.push(frames(), cast("Any", None))]
+
+    assert acks == [STORED, STORED]
+    transfer = await rig.receiver.wait_settled("cut", timeout_s=5)
+    assert transfer is not None
+    assert transfer.received_blocks == 1
+    rig.assert_stored(1, 2)
+    assert rig.store.usage().num_reserved == 0
+    for request_id in ("done", "cut"):
+        rig.receiver.let_go(request_id)
