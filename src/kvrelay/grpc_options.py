@@ -17,6 +17,8 @@ KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 INITIAL_RECONNECT_MS = 100
 MAX_RECONNECT_MS = 2_000
+CONNECT_TIMEOUT_MS = 5_000
+"""gRPC bounds a connection attempt by its "min_reconnect_backoff"; a busy peer needs more than the first back-off."""
 
 Options = Sequence[tuple[str, int]]
 
@@ -53,7 +55,7 @@ def channel_options(*, own_connection: bool = False) -> Options:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_MS),
-        ("grpc.min_reconnect_backoff_ms", INITIAL_RECONNECT_MS),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MS),
         ("grpc.use_local_subchannel_pool", int(own_connection)),
     ]

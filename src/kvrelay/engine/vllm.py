@@ -172,7 +172,7 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
     if current_platform.is_cpu():
         # Compiling a graph takes minutes on a CPU; its attention kernels want multiples of 32. Prompts are computed in
         # chunks so that blocks of the first are on their way while the next is computed.
-        defaults += ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "512"]
+        defaults += ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "256"]
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
     try:
         args = parser.parse_args([*defaults, *config.options])

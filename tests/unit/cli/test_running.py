@@ -44,7 +44,7 @@ def test_generate_goes_to_the_running_cluster() -> None:
 
 @pytest.mark.usefixtures("service_address")
 def test_workers_asks_the_running_clusters_etcd() -> None:
-    assert "no etcd answers at 127.0.0.1:1" in CliRunner().invoke(app, ["workers"]).stderr
+    assert "no etcd answers at 127.0.0.1:1" in CliRunner().invoke(app, ["workers", "--timeout", "0.1"]).stderr
 
 
 def test_without_a_running_cluster_etcd_must_be_named() -> None:
