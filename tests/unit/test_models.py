@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ class FakeConversion:
 
     def __init__(self, calls: Path) -> None:
         self.calls = calls
+        self.kills_its_process = False
 
     def __call__(self, source: Path, target: Path) -> None:
         assert source.suffix == ".gguf"
@@ -35,6 +37,8 @@ class FakeConversion:
             calls.write(f"{target}\n")
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(b"")
+        if self.kills_its_process:
+            os._exit(9)
 
     @property
     def num_calls(self) -> int:
@@ -120,7 +124,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(
     name: str, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ModelError, match="no folder|no model folder") as caught:
+    with pytest.raises(ModelError, match=r"no folder|no model folder") as caught:
         resolve_model(name, cache_dir)
     assert name in str(caught.value)
 
@@ -169,8 +173,9 @@ def test_processes_at_once_convert_once(cache_dir: Path, conversion: FakeConvers
     assert conversion.num_calls == 1
 
 
-def _prepare(together: threading.Barrier, cache_dir: Path, conversion: FakeConversion) -> None:
-    together.wait(20)
+def _prepare(together: threading.Barrier | None, cache_dir: Path, conversion: FakeConversion) -> None:
+    if together:
+        together.wait(20)
     assert names(prepare_default(cache_dir, quietly, conversion)) == ["config.json", "model.safetensors"]
 
 
@@ -187,14 +192,12 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_tried_again(cache_dir: Pa
 
 
 def test_what_a_killed_conversion_left_is_removed(cache_dir: Path, conversion: FakeConversion) -> None:
-    def die(source: Path, target: Path) -> None:
-        conversion(source, target)
-        os._exit(9)
-
-    pid = os.fork()
-    if pid == 0:
-        prepare_default(cache_dir, quietly, die)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    conversion.kills_its_process = True
+    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(None, cache_dir, conversion))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 9
+    conversion.kills_its_process = False
     assert any(name.startswith(".converting-") for name in names(cache_dir / "models"))
     prepare_default(cache_dir, quietly, conversion)
     assert names(cache_dir / "models") == [DEFAULT_MODEL, f"{DEFAULT_MODEL}.lock"]
@@ -202,7 +205,7 @@ def test_what_a_killed_conversion_left_is_removed(cache_dir: Path, conversion: F
 
 def test_a_file_that_is_no_model_is_named_with_the_cause(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's own last lines are what the user sees."""
-    monkeypatch.setattr(models.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
     with pytest.raises(ModelError, match=r"\.gguf could not be converted:\n.*"):
         prepare_default(cache_dir, quietly)
     assert names(cache_dir / "models") == [f"{DEFAULT_MODEL}.lock"]
