@@ -22,6 +22,8 @@ from kvrelay.models import default_cache_dir, resolve_model
 PROMPT_TOKENS = (128, 512, 1500)
 ENGINE_OPTIONS = ("--max-model-len", "4096")
 NS = 1e9
+SETTLE_S = 1.5
+"""Between two arms: vLLM's ranks poll for a second after their last step, at the cost of whatever shares their core."""
 
 
 @dataclass(slots=True)
@@ -102,7 +104,9 @@ def main() -> None:
         for repetition in range(args.repetitions + 1):
             for num_tokens, samples in results.items():
                 kept = samples if repetition else Samples()  # The first round warms up.
+                time.sleep(SETTLE_S)
                 measure_pair(client, [numbers.randrange(1000, 40000) for _ in range(num_tokens)], kept)
+                time.sleep(SETTLE_S)
                 measure_one(engine, [numbers.randrange(1000, 40000) for _ in range(num_tokens)], kept)
     config = {"model": model.served_name, "dtype": "bfloat16", "repetitions": args.repetitions, "cores": "1 + 1, and 1"}
     report = Report("handoff", config)

@@ -12,17 +12,23 @@ from kvrelay.client.options import GenerateOptions, Prompt
 from kvrelay.client.results import Collector
 
 
-def print_stream(client: Client, prompt: Prompt, options: GenerateOptions, write: Callable[[str], None]) -> None:
-    """Write the text as it comes, and a line end after it. With `n` > 1, one completion after the other at the end."""
+def print_stream(client: Client, prompt: Prompt, options: GenerateOptions, write: Callable[[str], None]) -> bool:
+    """Write the text as it comes, and a line end after it. With `n` > 1, one completion after the other at the end.
+
+    Returns whether the model said anything at all.
+    """
     if options.get("n", 1) > 1:
         result = client.generate(prompt, **options)
         for i, completion in enumerate(result.completions):
             write(f"[{i}] {completion.text}\n")
-        return
+        return any(completion.text for completion in result.completions)
+    any_text = False
     with client.stream(prompt, **options) as chunks:
         for chunk in chunks:
             write(chunk.text)
+            any_text = any_text or bool(chunk.text)
     write("\n")
+    return any_text
 
 
 def print_json(client: Client, prompt: Prompt, options: GenerateOptions, write: Callable[[str], None]) -> None:

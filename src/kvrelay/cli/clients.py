@@ -100,9 +100,13 @@ def generate(
         n=n if n > 1 else None,
         timeout_s=timeout_s,
     )
-    show = print_json if as_json else print_stream
+    content = [Message("user", text)] if as_chat else text
     with client_errors(), Client(str(address or coordinator_address())) as client:
-        show(client, [Message("user", text)] if as_chat else text, options, _write)
+        if as_json:
+            print_json(client, content, options, _write)
+        elif not print_stream(client, content, options, _write):
+            hint = "" if as_chat else "; a model that is tuned for chat answers a question with --chat"
+            typer.echo(f"kvrelay: the model ended the text at once{hint}", err=True)
 
 
 def workers(

@@ -53,6 +53,14 @@ def test_generate_reads_the_prompt_from_standard_input(service: ScriptedInferenc
     assert service.requests[0].text == "from a pipe"
 
 
+def test_a_model_that_says_nothing_is_told_on_standard_error(service: ScriptedInference) -> None:
+    service.say("")
+    result = run("generate", "x", "--address", service.address)
+    assert (result.exit_code, result.stdout) == (0, "\n")
+    assert "ended the text at once" in result.stderr
+    assert "--chat" in result.stderr
+
+
 def test_several_completions_are_numbered(service: ScriptedInference) -> None:
     service.say("one")
     assert run("generate", "x", "-n", "2", "--address", service.address).stdout == "[0] one\n"
