@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -45,10 +43,7 @@ def run_coordinator(config: CoordinatorConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     logs.configure(level=config.log_level, log_format=config.log_format)
     _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
-    with tempfile.TemporaryDirectory(prefix="kvrelay-coordinator-") as scratch:
-        # vLLM's import makes torch leave a folder that it would compile in.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", scratch)
-        uvloop.run(serve(config))
+    uvloop.run(serve(config))
     return 0
 
 
