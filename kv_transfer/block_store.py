@@ -16,6 +16,8 @@ class SlotState(enum.Enum):
     """Lent to the engine for blocks of generated tokens; no hash leads to it."""
     READY = "ready"
     """Complete and found under its hash; evictable while nobody has pinned it."""
+    ABANDONED = "abandoned"
+    """Its writer has left, somebody still reads it; no hash leads to it. Free at the last `unpin`."""
 
 
 class SlotError(RuntimeError):
@@ -29,8 +31,10 @@ class StoreUsage:
     num_slots: int
     num_free: int
     num_reserved: int
+    """Pinned or not; abandoned ones count, too."""
     num_granted: int
     num_pinned: int
+    """Ready ones."""
     num_evictable: int
 
 
@@ -39,8 +43,8 @@ class BlockStore:
 
     One owner, the worker's event loop: no locks. Invariants: a hash leads to one slot and a slot lies under
     one hash at most; only a ready slot nobody pins is ever taken away from its hash, least recently used
-    first. `reserve`, `pin` and `grant` hand out a duty each: a reserved or granted slot ends by `commit` or
-    `release`, a pin by `unpin`.
+    first; a slot that somebody pins is not handed out, whatever its writer does. `reserve`, `pin` and `grant`
+    hand out a duty each: a reserved or granted slot ends by `commit` or `release`, a pin by `unpin`.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -68,10 +72,13 @@ class BlockStore:
         return self._slots.get(block_hash)
 
     def pin(self, slots: Iterable[int]) -> None:
-        """Keep ready slots from eviction until as many `unpin`."""
+        """Keep slots from being used for anything else until as many `unpin`.
+
+        Whoever pins a reserved or granted slot reads only what is complete in it.
+        """
         for slot in slots:
-            if self._state[slot] is not SlotState.READY:
-                raise SlotError(f"slot {slot} is {self._state[slot].value}, only ready slots are pinned")
+            if self._state[slot] in (SlotState.FREE, SlotState.ABANDONED):
+                raise SlotError(f"slot {slot} is {self._state[slot].value} and cannot be pinned")
             self._pins[slot] += 1
             self._evictable.pop(slot, None)
 
@@ -81,8 +88,13 @@ class BlockStore:
             if self._pins[slot] < 1:
                 raise SlotError(f"slot {slot} is not pinned")
             self._pins[slot] -= 1
-            if not self._pins[slot]:
+            if self._pins[slot]:
+                continue
+            if self._state[slot] is SlotState.READY:
                 self._evictable[slot] = None
+            elif self._state[slot] is SlotState.ABANDONED:
+                self._num_reserved -= 1
+                self._free_slot(slot)
 
     def reserve(self, count: int) -> list[int]:
         """Up to `count` slots to write to, evicting what is needed; fewer when the rest is in use."""
@@ -113,29 +125,35 @@ class BlockStore:
         return slot
 
     def commit(self, slot: int, block_hash: bytes) -> int:
-        """The block in a reserved or granted slot is complete; returns its slot, pinned once.
+        """The block in a reserved or granted slot is complete; returns its slot, pinned once (more).
 
-        When another slot holds the same block already, that one is returned and this one is free.
+        When another slot holds the same block already, that one is returned and this one is released.
         """
-        self._leave(slot)
         known = self._slots.get(block_hash)
         if known is not None:
-            self._state[slot] = SlotState.FREE
-            self._free.append(slot)
+            self.release([slot])
             self.pin([known])
             return known
+        self._leave(slot)
         self._state[slot] = SlotState.READY
         self._hash[slot] = block_hash
         self._slots[block_hash] = slot
-        self._pins[slot] = 1
+        self._pins[slot] += 1
         return slot
 
     def release(self, slots: Iterable[int]) -> None:
-        """Free reserved or granted slots that will not be completed."""
+        """Free reserved or granted slots that will not be completed, those that are pinned once they are not."""
         for slot in slots:
             self._leave(slot)
-            self._state[slot] = SlotState.FREE
-            self._free.append(slot)
+            if self._pins[slot]:
+                self._state[slot] = SlotState.ABANDONED
+                self._num_reserved += 1
+            else:
+                self._free_slot(slot)
+
+    def _free_slot(self, slot: int) -> None:
+        self._state[slot] = SlotState.FREE
+        self._free.append(slot)
 
     def _leave(self, slot: int) -> None:
         state = self._state[slot]

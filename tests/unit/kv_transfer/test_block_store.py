@@ -14,24 +14,39 @@ HASHES = st.integers(0, 9).map(lambda i: bytes([i]) * 16)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The model: sets of lent slots, the slot of each hash, pins, and unpinned slots in the order of their last use."""
+    """The model: sets of lent and abandoned slots, the slot of each hash, pins, and ready slots without pins.
+
+    The latter are in the order of their last use.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.store = BlockStore(NUM_SLOTS)
         self.reserved: set[int] = set()
         self.granted: set[int] = set()
+        self.abandoned: set[int] = set()
         self.ready: dict[bytes, int] = {}
         self.pins: dict[int, int] = {}
         self.unpinned: list[int] = []
 
     @property
     def num_free(self) -> int:
-        return NUM_SLOTS - len(self.reserved) - len(self.granted) - len(self.ready)
+        return NUM_SLOTS - len(self.reserved) - len(self.granted) - len(self.abandoned) - len(self.ready)
 
     @property
     def lent(self) -> list[int]:
         return sorted(self.reserved | self.granted)
+
+    @property
+    def pinnable(self) -> list[int]:
+        return sorted({*self.lent, *self.ready.values()})
+
+    def left(self, slot: int) -> None:
+        """Its writer completed it or gave it up."""
+        self.reserved.discard(slot)
+        self.granted.discard(slot)
+        if self.pins.get(slot):
+            self.abandoned.add(slot)
 
     def taken(self, slots: list[int], count: int) -> None:
         """What `reserve` and `grant` have in common: no slot in use is handed out, the least recent are evicted."""
@@ -40,7 +55,8 @@ class StoreMachine(RuleBasedStateMachine):
         evicted, self.unpinned = self.unpinned[:num_evicted], self.unpinned[num_evicted:]
         assert set(evicted) <= set(slots)
         self.ready = {h: slot for h, slot in self.ready.items() if slot not in evicted}
-        assert not set(slots) & (self.reserved | self.granted | set(self.ready.values()))
+        assert not set(slots) & {*self.lent, *self.abandoned, *self.ready.values()}
+        assert not any(self.pins.get(slot) for slot in slots)
 
     @rule(count=st.integers(0, NUM_SLOTS + 1))
     def reserve(self, count: int) -> None:
@@ -58,10 +74,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), block_hash=HASHES)
     def commit(self, data: st.DataObject, block_hash: bytes) -> None:
         slot = data.draw(st.sampled_from(self.lent))
-        self.reserved.discard(slot)
-        self.granted.discard(slot)
         expected = self.ready.setdefault(block_hash, slot)
         assert self.store.commit(slot, block_hash) == expected
+        self.left(slot)
+        if expected == slot:
+            self.abandoned.discard(slot)
         self.pins[expected] = self.pins.get(expected, 0) + 1
         if expected in self.unpinned:
             self.unpinned.remove(expected)
@@ -71,13 +88,13 @@ class StoreMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         slots = data.draw(st.lists(st.sampled_from(self.lent), unique=True))
         self.store.release(slots)
-        self.reserved -= set(slots)
-        self.granted -= set(slots)
+        for slot in slots:
+            self.left(slot)
 
-    @precondition(lambda self: self.ready)
+    @precondition(lambda self: self.pinnable)
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
-        slots = data.draw(st.lists(st.sampled_from(sorted(self.ready.values()))))
+        slots = data.draw(st.lists(st.sampled_from(self.pinnable)))
         self.store.pin(slots)
         for slot in slots:
             self.pins[slot] = self.pins.get(slot, 0) + 1
@@ -93,13 +110,15 @@ class StoreMachine(RuleBasedStateMachine):
         for slot in reversed(slots):
             self.pins[slot] -= 1
             if not self.pins[slot]:
-                self.unpinned.append(slot)
+                self.abandoned.discard(slot)
+                if slot in self.ready.values():
+                    self.unpinned.append(slot)
 
     @rule(data=st.data())
     def misuse(self, data: st.DataObject) -> None:
         """Every use of a slot against its state is refused and changes nothing."""
         slot = data.draw(st.integers(0, NUM_SLOTS - 1))
-        if slot not in self.ready.values():
+        if slot not in self.pinnable:
             with pytest.raises(SlotError):
                 self.store.pin([slot])
         if not self.pins.get(slot):
@@ -109,7 +128,7 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(SlotError):
                 self.store.release([slot])
             with pytest.raises(SlotError):
-                self.store.commit(slot, b"x" * 16)
+                self.store.commit(slot, data.draw(HASHES))
 
     @rule(hashes=st.lists(HASHES))
     def match(self, hashes: list[bytes]) -> None:
@@ -130,7 +149,7 @@ class StoreMachine(RuleBasedStateMachine):
     def counts_add_up(self) -> None:
         usage = self.store.usage()
         assert usage.num_free == self.num_free
-        assert usage.num_reserved == len(self.reserved)
+        assert usage.num_reserved == len(self.reserved) + len(self.abandoned)
         assert usage.num_granted == len(self.granted)
         assert usage.num_pinned == sum(1 for slot in self.ready.values() if self.pins.get(slot))
         assert usage.num_evictable == len(self.unpinned)
@@ -186,4 +205,41 @@ def test_a_block_that_came_twice_is_kept_once() -> None:
     usage = store.usage()
     assert (usage.num_free, usage.num_pinned) == (1, 1)
     store.unpin([first, first])
+    assert store.usage().num_evictable == 1
+
+
+def test_a_slot_whose_writer_left_is_free_when_its_last_reader_leaves() -> None:
+    store = BlockStore(1)
+    [slot] = store.reserve(1)
+    store.pin([slot, slot])
+    store.release([slot])
+    assert store.reserve(1) == []
+    with pytest.raises(SlotError, match="abandoned"):
+        store.pin([slot])
+    store.unpin([slot])
+    assert store.usage().num_reserved == 1
+    store.unpin([slot])
+    assert store.reserve(1) == [slot]
+
+
+def test_a_block_that_came_twice_stays_where_it_is_read() -> None:
+    store = BlockStore(2)
+    first, second = store.reserve(2)
+    store.pin([second])
+    store.commit(first, b"a" * 16)
+    assert store.commit(second, b"a" * 16) == first
+    usage = store.usage()
+    assert (usage.num_reserved, usage.num_pinned, usage.num_free) == (1, 1, 0)
+    store.unpin([second])
+    assert store.usage().num_free == 1
+
+
+def test_a_reader_of_a_slot_keeps_it_when_it_is_complete() -> None:
+    store = BlockStore(1)
+    [slot] = store.grant(1)
+    store.pin([slot])
+    assert store.commit(slot, b"a" * 16) == slot
+    store.unpin([slot])
+    assert store.usage().num_pinned == 1
+    store.unpin([slot])
     assert store.usage().num_evictable == 1
