@@ -8,8 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FrameHeader, checksum
 from kvrelay.v1 import cluster_pb2
@@ -36,7 +38,8 @@ class Transfer:
     request_id: str
     hashes: Sequence[bytes]
     deadline_s: float
-    slots: dict[int, int] = field(default_factory=dict)
+    landing: Landing
+    slots: dict[int, int]
     """Reserved slots of the blocks that are not complete, by index in the offer."""
     layers: dict[int, int] = field(default_factory=dict)
     """Bit set of the layers that arrived, by index of the block."""
@@ -49,8 +52,13 @@ class Transfer:
     last_frame_unix_ns: int = 0
 
 
+def _at_once(callback: Callable[..., object], *args: Any) -> None:
+    callback(*args)
+
+
 class Receiver:
-    """All transfers into one worker's store. Belongs to the worker's event loop.
+    """All transfers into one worker's store. Belongs to the worker's event loop; only `place` may be called by
+    other threads, which tell the event loop through `post`.
 
     Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nothing has come
     and nobody has waited for the hold time: what a lost cancel leaves behind frees itself (`expire`). A block that is
@@ -65,13 +73,16 @@ class Receiver:
         *,
         hold_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        post: Callable[..., object] = _at_once,
     ) -> None:
+        """`post(callback, *args)` calls back in the event loop, like `loop.call_soon_threadsafe`."""
         self._store = store
         self._segment = segment
         self._layout = layout
         self._layer_bytes = segment.slot_bytes // layout.num_layers
         self._hold_s = hold_s
         self._clock = clock
+        self._post = post
         self._transfers: dict[int, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
         self._waiters: dict[str, list[asyncio.Event]] = {}
@@ -97,16 +108,14 @@ class Receiver:
         if request_id in self._over:
             return self._new_id(), []
         hashes = [block_hashes[i : i + 16] for i in range(0, len(block_hashes), 16)]
-        transfer = Transfer(self._new_id(), request_id, hashes, self._clock() + self._hold_s)
-        missing = []
-        for index, block_hash in enumerate(hashes):
-            slot = self._store.find(block_hash)
-            if slot is None:
-                missing.append(index)
-            else:
-                self._store.pin([slot])
-                transfer.pinned.append(slot)
-        transfer.slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
+        found = [self._store.find(block_hash) for block_hash in hashes]
+        present = [slot for slot in found if slot is not None]
+        self._store.pin(present)
+        missing = [index for index, slot in enumerate(found) if slot is None]
+        slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
+        landing = Landing(self._segment, dict(slots), self._layer_bytes)
+        deadline_s = self._clock() + self._hold_s
+        transfer = Transfer(self._new_id(), request_id, hashes, deadline_s, landing, slots, pinned=present)
         self._transfers[transfer.transfer_id] = transfer
         self._by_request[request_id] = transfer
         wanted = list(transfer.slots)
@@ -115,41 +124,66 @@ class Receiver:
         return transfer.transfer_id, wanted
 
     def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status.ValueType:
-        """Check one frame and copy it into its slots."""
+        """Check one frame and copy it into its slots. Any thread."""
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
             return FrameAck.STATUS_STALE
-        if not self._fits(header, transfer, len(payload)):
+        if not self._fits(header, transfer) or len(payload) != self._num_bytes(header):
             return FrameAck.STATUS_REFUSED
         if checksum([payload]) != header.checksum:
             return FrameAck.STATUS_CORRUPT
-        part = header.num_layers * self._layer_bytes
-        offset = header.first_layer * self._layer_bytes
+        size = header.num_layers * self._layer_bytes
+        return self._land(transfer, header, [payload[i * size : (i + 1) * size] for i in range(header.num_blocks)])
+
+    def _land(
+        self,
+        transfer: Transfer,
+        header: FrameHeader,
+        blocks: Sequence[Buffer],
+        still_valid: Callable[[], bool] | None = None,
+    ) -> FrameAck.Status.ValueType:
+        layers = header.first_layer, header.num_layers
+        try:
+            written = transfer.landing.write(header.first_block, layers, blocks, still_valid)
+        except LandingClosedError:
+            return FrameAck.STATUS_STALE
+        except OverlapError:
+            return FrameAck.STATUS_REFUSED
+        if written is None:
+            return FrameAck.STATUS_CORRUPT
+        self._post(self._landed, header, written, time.time_ns())
+        return FrameAck.STATUS_STORED
+
+    def _landed(self, header: FrameHeader, written: Sequence[int], unix_ns: int) -> None:
+        """In the event loop: these blocks of a frame lie in their slots."""
+        transfer = self._transfers.get(header.transfer_id)
+        if transfer is None:  # Ended meanwhile.
+            return
         bits = ((1 << header.num_layers) - 1) << header.first_layer
-        for i in range(header.num_blocks):
-            self._place_block(transfer, header.first_block + i, offset, bits, payload[i * part : (i + 1) * part])
-        transfer.received_bytes += len(payload)
-        transfer.last_frame_unix_ns = time.time_ns()
+        for index in written:
+            self._complete(transfer, index, bits)
+        transfer.received_bytes += self._num_bytes(header)
+        transfer.last_frame_unix_ns = unix_ns
         transfer.deadline_s = self._clock() + self._hold_s
         if not transfer.slots:
             self._settle(transfer)
-        return FrameAck.STATUS_STORED
 
-    def _fits(self, header: FrameHeader, transfer: Transfer, num_bytes: int) -> bool:
+    def _num_bytes(self, header: FrameHeader) -> int:
+        return header.num_blocks * header.num_layers * self._layer_bytes
+
+    def _fits(self, header: FrameHeader, transfer: Transfer) -> bool:
         end = header.first_block + header.num_blocks
         return (
             0 < header.num_blocks <= len(transfer.hashes)
             and end <= len(transfer.hashes)
             and 0 < header.num_layers <= self._layout.num_layers
             and header.first_layer + header.num_layers <= self._layout.num_layers
-            and num_bytes == header.num_blocks * header.num_layers * self._layer_bytes
         )
 
-    def _place_block(self, transfer: Transfer, index: int, offset: int, bits: int, data: memoryview) -> None:
+    def _complete(self, transfer: Transfer, index: int, bits: int) -> None:
         slot = transfer.slots.get(index)
-        if slot is None:  # Not wanted, or complete already: a repeated frame changes nothing.
+        if slot is None:  # The commit came first.
             return
-        self._segment.slot_view(slot, offset, len(data))[:] = data
         layers = transfer.layers.get(index, 0) | bits
         transfer.layers[index] = layers
         if layers == self._all_layers:
@@ -167,6 +201,7 @@ class Receiver:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             return 0
+        transfer.landing.close()
         num_missing = len(transfer.slots)
         self._store.release(transfer.slots.values())
         transfer.slots.clear()
@@ -201,6 +236,7 @@ class Receiver:
         if transfer is None:
             return
         del self._transfers[transfer.transfer_id]
+        transfer.landing.close()
         self._store.release(transfer.slots.values())
         self._store.unpin(transfer.pinned)
 

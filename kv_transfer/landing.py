@@ -1,0 +1,102 @@
+"""Where may the frames of one transfer be written, by any thread, and when is that over?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from kvrelay.kv_transfer.segment import Segment
+
+Buffer = memoryview | bytes
+
+
+class LandingClosedError(RuntimeError):
+    """The transfer is over: nothing lands any more."""
+
+
+class OverlapError(ValueError):
+    """The frame repeats some layers of a block and brings others: no honest sender does that."""
+
+
+class Landing:
+    """The reserved slots of one transfer, open to the threads that receive.
+
+    Every layer of a block is written at most once: a repeated one changes nothing. After `close` has returned no byte
+    is written, so the slots may be given to somebody else.
+    """
+
+    def __init__(self, segment: Segment, slots: Mapping[int, int], layer_bytes: int) -> None:
+        """`slots`: by index of the block; `layer_bytes`: of one block in one layer."""
+        self._segment = segment
+        self._slots = slots
+        self._layer_bytes = layer_bytes
+        self._claimed: dict[int, int] = {}
+        self._writers = 0
+        self._open = True
+        self._changed = threading.Condition(threading.Lock())
+
+    def write(
+        self,
+        first_block: int,
+        layers: tuple[int, int],
+        blocks: Sequence[Buffer],
+        still_valid: Callable[[], bool] | None = None,
+    ) -> list[int] | None:
+        """Copy one buffer a block into the blocks from `first_block`, each the layers `(first, number)`.
+
+        Blocks that are not wanted, or that have these layers already, are skipped; returns the others. Returns None,
+        with nothing landed, when `still_valid` says after the copy that the source has changed meanwhile. Raises
+        `LandingClosedError`, `OverlapError`.
+        """
+        first_layer, num_layers = layers
+        bits = ((1 << num_layers) - 1) << first_layer
+        with self._changed:
+            if not self._open:
+                raise LandingClosedError
+            claims = self._claim(first_block, len(blocks), bits)
+            self._writers += 1
+        valid = False
+        try:
+            for block in claims:
+                view = self._segment.slot_view(
+                    self._slots[block], first_layer * self._layer_bytes, num_layers * self._layer_bytes
+                )
+                _copy(view, blocks[block - first_block])
+            valid = still_valid is None or still_valid()
+        finally:
+            with self._changed:
+                if not valid:
+                    for block in claims:
+                        self._claimed[block] &= ~bits
+                self._writers -= 1
+                self._changed.notify_all()
+        return claims if valid else None
+
+    def _claim(self, first_block: int, num_blocks: int, bits: int) -> list[int]:
+        claims = []
+        for block in range(first_block, first_block + num_blocks):
+            if block not in self._slots:
+                continue
+            overlap = self._claimed.get(block, 0) & bits
+            if overlap == bits:
+                continue
+            if overlap:
+                raise OverlapError
+            claims.append(block)
+        for block in claims:
+            self._claimed[block] = self._claimed.get(block, 0) | bits
+        return claims
+
+    def close(self) -> None:
+        """Let nothing land any more; waits for what is being copied, at most some frames of it. Idempotent."""
+        with self._changed:
+            self._open = False
+            while self._writers:
+                self._changed.wait()
+
+
+def _copy(target: memoryview, source: Buffer) -> None:
+    """Through numpy, which lets other threads run meanwhile."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
