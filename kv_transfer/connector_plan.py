@@ -13,8 +13,11 @@ class Copies:
 
     loads: list[tuple[int, int]] = field(default_factory=list)
     """(slot, engine block): read before the forward pass."""
+    streamed: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(slot, engine block, ticket, index of the block in its request): blocks of prompts, which another worker may
+    wait for. Written group of layers by group of layers, while the forward pass computes later ones."""
     saves: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(slot, engine block, ticket, index of the block in its request): written after it."""
+    """Likewise, blocks of generated tokens: written after the forward pass."""
     loaded: list[tuple[int, int]] = field(default_factory=list)
     """(ticket, number of its blocks among `loads`): its slots are not read after this step's loads."""
     closed: list[int] = field(default_factory=list)
@@ -92,19 +95,15 @@ class ConnectorPlan:
             return
         blocks = block_ids()
         while state.next_save < end:
-            slot = self._slot_for(state)
-            if slot is None:
+            index = state.next_save - state.first_save
+            if index < len(state.save):
+                saves, slot = self._copies.streamed, state.save[index]
+            elif self._save_generated and self._grants:
+                saves, slot = self._copies.saves, self._grants.popleft()
+            else:
                 return
-            self._copies.saves.append((slot, blocks[state.next_save], state.ticket, state.next_save))
+            saves.append((slot, blocks[state.next_save], state.ticket, state.next_save))
             state.next_save += 1
-
-    def _slot_for(self, state: _Request) -> int | None:
-        index = state.next_save - state.first_save
-        if index < len(state.save):
-            return state.save[index]
-        if self._save_generated and self._grants:
-            return self._grants.popleft()
-        return None
 
     def grant(self, slots: Iterable[int]) -> None:
         """Slots for blocks beyond the requests' own."""

@@ -20,7 +20,7 @@ LOADED, SAVED, CLOSED = 1, 2, 3
 
 _PIPE_BUF = 4096
 _PIPE_BYTES = 1 << 20
-_REPORT = struct.Struct("<BBHIII")
+_REPORT = struct.Struct("<BBIIIHH")
 _SLOT = struct.Struct("<I")
 
 
@@ -32,6 +32,8 @@ class RankReport(NamedTuple):
     ticket: int
     block: int
     slot: int
+    first_layer: int = 0
+    num_layers: int = 0
 
 
 class Pipe:
@@ -59,11 +61,11 @@ class ReportWriter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, reports: Iterable[RankReport]) -> None:
-        """Send reports. Waits only when the worker is 65,000 of them behind.
+        """Send reports. Waits only when the worker is 58,000 of them behind.
 
         Raises `BrokenPipeError` when the worker is gone.
         """
-        packed = b"".join(_REPORT.pack(r.kind, r.rank, 0, r.ticket, r.block, r.slot) for r in reports)
+        packed = b"".join(_REPORT.pack(*report) for report in reports)
         step = _PIPE_BUF // _REPORT.size * _REPORT.size
         for start in range(0, len(packed), step):
             os.write(self._fd, packed[start : start + step])
@@ -93,8 +95,7 @@ class ReportReader:
             data = self._rest + data
             end = len(data) // _REPORT.size * _REPORT.size
             self._rest = data[end:]
-            for kind, rank, _, ticket, block, slot in _REPORT.iter_unpack(data[:end]):
-                yield RankReport(kind, rank, ticket, block, slot)
+            yield from map(RankReport._make, _REPORT.iter_unpack(data[:end]))
 
 
 def write_grants(fd: int, slots: Sequence[int]) -> int:

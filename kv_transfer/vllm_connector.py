@@ -6,6 +6,7 @@ into copies, the ranks carry them out and report over a pipe. No network, no has
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvrelay.kv_transfer.connector_plan import ConnectorPlan, Copies
 from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, GrantReader, RankReport, ReportWriter
+from kvrelay.kv_transfer.layer_groups import LayerGroups
 from kvrelay.kv_transfer.rank_copier import RankCopier
 from kvrelay.kv_transfer.segment import Segment
 
@@ -59,6 +61,11 @@ class KvRelayConnector(KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         """A save that does not happen is a block computed again elsewhere."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """`save_kv_layer` is not called inside full CUDA graphs."""
+        return _num_layer_groups(extra_config) > 1
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -110,6 +117,10 @@ class KvRelayConnector(KVConnectorBase_V1):
             parallel.tensor_parallel_size,
             model.get_total_num_kv_heads(),
         )
+        self._copier.populate()
+        num_groups = _num_layer_groups(self._kv_transfer_config.kv_connector_extra_config)
+        # Of two half batches the first one's layers come before the second is computed.
+        self._groups = LayerGroups(kv_caches, 1 if parallel.use_ubatching else num_groups)
         if self._rank == 0:
             self._copier.layout.write(self._segment.header)
 
@@ -121,6 +132,7 @@ class KvRelayConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         copies = self._copies()
+        self._groups.begin()
         self._copier.load(copies.loads)
         self._reports.write(RankReport(LOADED, self._rank, ticket, count, 0) for ticket, count in copies.loaded)
 
@@ -130,13 +142,20 @@ class KvRelayConnector(KVConnectorBase_V1):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        """Blocks are saved once a step, with all their layers: `wait_for_save`."""
+        self._save(self._groups.computed(layer_name), self._copies().streamed)
 
     def wait_for_save(self) -> None:
         copies = self._copies()
-        self._copier.save((slot, block) for slot, block, _, _ in copies.saves)
+        self._save(self._groups.rest(), copies.streamed)
+        self._save(range(self._copier.layout.num_layers), copies.saves)
+
+    def _save(self, layers: range, saves: Sequence[tuple[int, int, int, int]]) -> None:
+        if not layers or not saves:
+            return
+        self._copier.save(((slot, block) for slot, block, _, _ in saves), layers)
         self._reports.write(
-            RankReport(SAVED, self._rank, ticket, index, slot) for slot, _, ticket, index in copies.saves
+            RankReport(SAVED, self._rank, ticket, index, slot, layers.start, len(layers))
+            for slot, _, ticket, index in saves
         )
 
     def shutdown(self) -> None:
@@ -149,6 +168,10 @@ class KvRelayConnector(KVConnectorBase_V1):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepCopies)
         return metadata.copies
+
+
+def _num_layer_groups(extra_config: dict[str, Any]) -> int:
+    return int(extra_config["layer_groups"])
 
 
 def _attention_blocks(blocks: KVConnectorBlockState, request_id: str) -> list[int]:

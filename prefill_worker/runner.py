@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import structlog
 
 from kvrelay.errors import KvrelayError, NoWorkersError
+from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.peer import LayoutRefusedError
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.tracing import Span
@@ -33,16 +34,17 @@ class PrefillRole:
         host.validate(request.prompt_token_ids, request.sampling)
         hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
         with host.job(), host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
-            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes))
+            num_layers = host.info.layout.num_layers
+            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes), host)
             try:
                 host.store.pin(stored.present)
                 for block, slot in enumerate(stored.present):
-                    push.add(block, slot)
+                    push.part(BlockPart(block, slot, 0, num_layers))
                 async with asyncio.TaskGroup() as tasks:
                     pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
                     work = Work.of(request, "prefill")
                     submission = await host.submit(
-                        work, hasher, stored, save_partial=True, sink=sink, on_block=push.add
+                        work, hasher, stored, save_partial=True, sink=sink, on_part=push.part
                     )
                     await self._until_closed(submission)
                     push.push.finish()  # Blocks that the store had no room for do not come.
@@ -97,12 +99,24 @@ def _first_failure() -> Iterator[None]:
 class _Outgoing:
     """Finishes a push as soon as the last block is there, without waiting for the engine to close the request."""
 
-    def __init__(self, push: Push, num_blocks: int) -> None:
+    def __init__(self, push: Push, num_blocks: int, host: WorkerHost) -> None:
         self.push = push
-        self._missing = num_blocks
+        self._num_layers = host.info.layout.num_layers
+        self._missing_layers = num_blocks * self._num_layers
+        self._unpin = host.store.unpin
+        self._done: dict[int, int] = {}
 
-    def add(self, block: int, slot: int) -> None:
-        self.push.add(block, slot)
-        self._missing -= 1
-        if not self._missing:
+    def part(self, part: BlockPart) -> None:
+        self._send(part)
+        self._missing_layers -= part.num_layers
+        if not self._missing_layers:
             self.push.finish()
+
+    def _send(self, part: BlockPart) -> None:
+        """A block leaves once its last part is there."""
+        done = self._done.pop(part.block, 0) + part.num_layers
+        if done == self._num_layers:
+            self.push.add(part.block, part.slot)
+        else:
+            self._done[part.block] = done
+            self._unpin([part.slot])

@@ -61,7 +61,10 @@ class KvReportKind(enum.IntEnum):
     LOADED = 1
     """The engine does not read the slots of `load` again; `block` is the number of blocks it took from them."""
     SAVED = 2
-    """Block `block` is complete in `slot`."""
+    """`num_layers` layers of block `block` from `first_layer` are complete in `slot`. Each layer is reported once.
+
+    A block in a granted slot is reported whole. A block that is begun is completed unless the request is aborted.
+    """
     CLOSED = 3
     """The request is over: no slot of it is read or written after this. Sent exactly once for each ticket."""
 
@@ -72,6 +75,8 @@ class KvReport:
     ticket: int
     block: int = 0
     slot: int = 0
+    first_layer: int = 0
+    num_layers: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,7 +116,7 @@ class Engine(ABC):
 
     @abstractmethod
     def grant(self, slots: Sequence[int]) -> None:
-        """Lend reserved slots for blocks of generated tokens; SAVED gives each back when it is filled."""
+        """Lend granted slots for blocks of generated tokens; SAVED gives each back when it is filled."""
 
     @abstractmethod
     def steps(self) -> AsyncIterator[EngineStep]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvReport, KvReportKind
 from kvrelay.engine.simulated_batch import Batch, SequenceState, Work
-from kvrelay.engine.simulated_model import SimulatedConfig, TokenChain, block_content, check_block, next_token
+from kvrelay.engine.simulated_model import SimulatedConfig, TokenChain, check_block, next_token
 from kvrelay.engine.simulated_output import Sampled, to_delta
+from kvrelay.engine.simulated_saver import Saver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.v1 import common_pb2
 
@@ -35,17 +35,18 @@ class SimulatedEngine(Engine):
         self._sleep = sleep
         self._batch = Batch(config)
         self._by_id: dict[str, SequenceState] = {}
-        self._granted: deque[int] = deque()
         self._reports: list[KvReport] = []
         self._wake = asyncio.Event()
         self._closed = False
         self._segment: Segment | None = None
+        self._saver: Saver | None = None
         self._on_kv_reports: Callable[[Sequence[KvReport]], None] = _ignore
 
     async def start(self, segment: Segment, on_kv_reports: Callable[[Sequence[KvReport]], None]) -> EngineInfo:
         config = self._config
         segment.configure(config.block_bytes)
         self._segment = segment
+        self._saver = Saver(config, segment)
         self._on_kv_reports = on_kv_reports
         return EngineInfo(
             name="simulated",
@@ -73,7 +74,8 @@ class SimulatedEngine(Engine):
         self._wake.set()
 
     def grant(self, slots: Sequence[int]) -> None:
-        self._granted.extend(slots)
+        assert self._saver is not None
+        self._saver.grant(slots)
 
     async def steps(self) -> AsyncIterator[EngineStep]:
         while not self._closed:
@@ -92,18 +94,24 @@ class SimulatedEngine(Engine):
         self._report()
 
     async def _step(self, work: list[Work]) -> EngineStep:
-        ends_at = self._clock() + self._duration_s(work)
+        assert self._saver is not None
+        starts_at, duration_s = self._clock(), self._duration_s(work)
         for item in work:
             if item.load:
                 self._load(item.sequence)
-        await self._sleep(max(0.0, ends_at - self._clock()))
+        due = self._saver.due(work)
+        for group in range(self._config.layer_groups):
+            self._report()
+            ends_at = starts_at + duration_s * (group + 1) / self._config.layer_groups
+            await self._sleep(max(0.0, ends_at - self._clock()))
+            self._reports += self._saver.save_layers(due, group)
         step = EngineStep()
         for item in work:
             sequence = item.sequence
             if sequence.over:  # aborted meanwhile: its slots belong to somebody else
                 continue
             sequence.num_computed_tokens += item.num_tokens
-            self._save(sequence)
+            self._reports += self._saver.save_generated(sequence)
             if sequence.num_computed_tokens == sequence.num_tokens:
                 sampled = self._sample(sequence)
                 step.deltas.append(to_delta(self._config, sequence, sampled))
@@ -130,32 +138,6 @@ class SimulatedEngine(Engine):
             valid = digests[block : block + 1] + (last if block >= len(digests) - 1 else [])
             check_block(self._config, valid, block, slot, bytes(self._segment.slot_view(slot)))
         self._reports.append(KvReport(KvReportKind.LOADED, sequence.request.kv.ticket, len(sequence.request.kv.load)))
-
-    def _save(self, sequence: SequenceState) -> None:
-        """Copy the blocks that are complete now; a block without a slot ends the saving of its request.
-
-        Whatever came after the gap could not be found by a prefix.
-        """
-        assert self._segment is not None
-        kv = sequence.request.kv
-        num_complete, rest = divmod(sequence.num_computed_tokens, self._config.block_size_tokens)
-        digests = sequence.chain.block_digests
-        if rest and sequence.num_computed_tokens == kv.partial_tokens:
-            num_complete += 1
-            digests = [*digests, sequence.chain.digest()]
-        while sequence.saving and sequence.num_saved_blocks < num_complete:
-            block = sequence.num_saved_blocks
-            index = block - kv.first_save
-            if index < len(kv.save):
-                slot = kv.save[index]
-            elif self._granted:
-                slot = self._granted.popleft()
-            else:
-                sequence.saving = False
-                break
-            self._segment.slot_view(slot)[:] = block_content(self._config, digests[block], block)
-            self._reports.append(KvReport(KvReportKind.SAVED, kv.ticket, block, slot))
-            sequence.num_saved_blocks += 1
 
     def _sample(self, sequence: SequenceState) -> Sampled:
         sampling = sequence.request.sampling

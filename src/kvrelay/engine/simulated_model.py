@@ -51,10 +51,14 @@ class SimulatedConfig:
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
     """Most tokens of one step; longer prompts are computed in chunks."""
+    layer_groups: int = 1
+    """In how many pieces blocks of a prompt are saved, spread evenly over the step that computes them."""
     time_scale: float = 1.0
     """0 runs as fast as possible."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.layer_groups <= self.num_layers:
+            raise ValueError(f"layer_groups is {self.layer_groups}; use 1..{self.num_layers}, the number of layers")
         if self.dtype not in _ELEMENT_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(_ELEMENT_BYTES)}")
         if self.num_engine_blocks * self.block_size_tokens < self.max_model_len_tokens:

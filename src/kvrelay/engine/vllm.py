@@ -56,6 +56,7 @@ _FINISH_REASONS = {
     FinishReason.REPETITION: common_pb2.FINISH_REASON_REPETITION,
 }
 
+_CPU_LAYER_GROUPS = 4
 _SHUTDOWN_S = 4.0
 """The engine core gets this long before it is killed; its ranks need 3 s to leave Python."""
 
@@ -71,6 +72,11 @@ class VllmEngineConfig:
     model: str
     served_model_name: str
     options: Sequence[str] = ()
+    layer_groups: int | None = None
+    """In how many pieces the layers of a prompt's blocks are saved while they are computed.
+
+    By default several on a CPU, and one elsewhere: more would rule out full CUDA graphs.
+    """
 
 
 class VllmEngine(Engine):
@@ -84,10 +90,11 @@ class VllmEngine(Engine):
         self._ungranted: list[int] = []
 
     async def start(self, segment: Segment, on_kv_reports: Callable[[Sequence[KvReport]], None]) -> EngineInfo:
-        extra = {
+        extra: dict[str, str | int] = {
             "segment_path": segment.path,
             "report_path": self._reports.writer_path,
             "grant_path": self._grants.reader_path,
+            "layer_groups": self._config.layer_groups or (_CPU_LAYER_GROUPS if current_platform.is_cpu() else 1),
         }
         vllm_config = await asyncio.to_thread(_engine_config, self._config, extra)
         if current_platform.is_cpu() and vllm_config.model_config.enforce_eager:
@@ -102,7 +109,9 @@ class VllmEngine(Engine):
 
         def on_readable() -> None:
             reports = [
-                KvReport(KvReportKind(r.kind), r.ticket, r.block, r.slot) for r in reader.read() if quorum.complete(r)
+                KvReport(KvReportKind(r.kind), r.ticket, r.block, r.slot, r.first_layer, r.num_layers)
+                for r in reader.read()
+                if quorum.complete(r)
             ]
             if reports:
                 on_kv_reports(reports)
@@ -181,7 +190,7 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
     return AsyncEngineArgs.from_cli_args(args)
 
 
-def _engine_config(config: VllmEngineConfig, extra: dict[str, str]) -> VllmConfig:
+def _engine_config(config: VllmEngineConfig, extra: dict[str, str | int]) -> VllmConfig:
     args = parse_engine_args(config)
     if args.data_parallel_size != 1:
         raise EngineOptionError("--data-parallel-size is 1 for a worker; start more workers instead")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
+from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.receiver import Receiver
@@ -21,7 +22,7 @@ from kvrelay.v1 import common_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up
-from kvrelay.worker.submission import BlockHandler, Sink, Submission
+from kvrelay.worker.submission import PartHandler, Sink, Submission
 from kvrelay.worker.work import Work
 
 _EXPIRE_INTERVAL_S = 1.0
@@ -84,7 +85,7 @@ class WorkerHost:
         *,
         save_partial: bool,
         sink: Sink,
-        on_block: BlockHandler | None = None,
+        on_part: PartHandler | None = None,
     ) -> Submission:
         """Hand a request to the engine. `stored.load` is pinned, and these pins pass over.
 
@@ -108,11 +109,12 @@ class WorkerHost:
             work,
             self.store,
             hasher,
+            num_layers=self.info.layout.num_layers,
             load=stored.load,
             saving=saving,
             names=names,
             sink=sink,
-            on_block=on_block,
+            on_part=on_part,
         )
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
@@ -209,8 +211,8 @@ class WorkerHost:
             submission = self._by_ticket[report.ticket]
             if report.kind is KvReportKind.SAVED:
                 self._num_granted -= self.store.is_granted(report.slot)
-                self.counters["blocks_saved"] += 1
-                submission.saved(report.block, report.slot)
+                part = BlockPart(report.block, report.slot, report.first_layer, report.num_layers)
+                self.counters["blocks_saved"] += submission.saved(part)
             elif report.kind is KvReportKind.LOADED:
                 self.counters["blocks_loaded"] += report.block
                 submission.loaded(report.block)

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from kvrelay.block_hash import BlockHasher
+from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.work import Work
 
 Sink = Callable[[worker_pb2.TokenDelta], None]
-BlockHandler = Callable[[int, int], None]
-"""(index of the block, its slot): the slot is ready and pinned once, and the handler unpins it."""
+PartHandler = Callable[[BlockPart], None]
+"""Gets each part of the prompt's blocks; its slot is pinned once for the call, and the handler unpins it."""
 
 
 class Submission:
@@ -30,11 +31,12 @@ class Submission:
         store: BlockStore,
         hasher: BlockHasher,
         *,
+        num_layers: int,
         load: Sequence[int],
         saving: Mapping[int, int],
         names: Sequence[bytes],
         sink: Sink,
-        on_block: BlockHandler | None = None,
+        on_part: PartHandler | None = None,
     ) -> None:
         """`saving`: reserved slots by block; `names`: the hashes that the prompt's blocks are stored under."""
         self.ticket = ticket
@@ -47,12 +49,14 @@ class Submission:
         """Set when the engine touches no slot of this request any more."""
         self._store = store
         self._hasher = hasher
+        self._num_layers = num_layers
+        self._num_saved: dict[int, int] = {}
         self._loading = list(load)
         self._saving = dict(saving)
         self._names = names
         self._unnamed: dict[int, int] = {}
         self._sink = sink
-        self._on_block = on_block
+        self._on_part = on_part
         self.has_first_token = False
 
     def loaded(self, num_blocks: int) -> None:
@@ -64,22 +68,31 @@ class Submission:
         self._store.unpin(self._loading)
         self._loading = []
 
-    def saved(self, block: int, slot: int) -> None:
-        """Block `block` is complete in `slot`."""
+    def saved(self, part: BlockPart) -> bool:
+        """Some layers of a block are complete in their slot; returns whether it is the whole block now."""
+        block, slot = part.block, part.slot
+        num_saved = self._num_saved.pop(block, 0) + part.num_layers
+        if num_saved < self._num_layers:
+            self._num_saved[block] = num_saved
+            if self._on_part is not None and block < len(self._names):
+                self._store.pin([slot])
+                self._on_part(part)
+            return False
         self._saving.pop(block, None)
         if block < len(self._names):
-            self._store_block(block, slot, self._names[block])
+            self._finish_part(part, self._names[block])
         elif block < len(self._hasher.hashes):
-            self._store_block(block, slot, self._hasher.hashes[block])
+            self._store_generated(slot, self._hasher.hashes[block])
         else:
             self._unnamed[block] = slot
+        return True
 
     def add_delta(self, delta: worker_pb2.TokenDelta) -> None:
         """Pass tokens on, under the request's own id."""
         delta.request_id = self.work.request_id
         self._hasher.append(delta.token_ids)
         for block in [block for block in self._unnamed if block < len(self._hasher.hashes)]:
-            self._store_block(block, self._unnamed.pop(block), self._hasher.hashes[block])
+            self._store_generated(self._unnamed.pop(block), self._hasher.hashes[block])
         for event in delta.timeline.events:
             self.work.mark(event.name, event.unix_ns)
         delta.ClearField("timeline")
@@ -109,9 +122,13 @@ class Submission:
             self._store.release(self._unnamed.values())
             self._unnamed.clear()
 
-    def _store_block(self, block: int, slot: int, name: bytes) -> None:
-        slot = self._store.commit(slot, name)
-        if self._on_block is None:
+    def _finish_part(self, part: BlockPart, name: bytes) -> None:
+        """The last part of a block of the prompt; another slot may hold the same block already."""
+        slot = self._store.commit(part.slot, name)
+        if self._on_part is None:
             self._store.unpin([slot])
         else:
-            self._on_block(block, slot)
+            self._on_part(part._replace(slot=slot))
+
+    def _store_generated(self, slot: int, name: bytes) -> None:
+        self._store.unpin([self._store.commit(slot, name)])

@@ -69,6 +69,28 @@ def test_a_slot_holds_layer_head_token_element(segment: Segment) -> None:
     assert not any(bytes(segment.slot_view(5)))
 
 
+def test_layers_are_saved_apart(segment: Segment) -> None:
+    [cache] = caches(1, fill=True)
+    copier = RankCopier(segment, cache, 0, 1, HEADS)
+    copier.populate()
+    copier.save([(4, 2), (5, 3), (9, 0)], range(1, 2))
+    layer_bytes = SLOT_BYTES // LAYERS
+    for slot, block in [(4, 2), (5, 3), (9, 0)]:
+        assert (
+            bytes(segment.slot_view(slot, layer_bytes, layer_bytes))
+            == cache["1"][block].view(torch.uint8).numpy().tobytes()
+        )
+        assert not any(bytes(segment.slot_view(slot, 0, layer_bytes)))
+        assert not any(bytes(segment.slot_view(slot, 2 * layer_bytes)))
+    for layers in (range(1), range(2, 3)):
+        copier.save([(4, 2), (5, 3), (9, 0)], layers)
+    for layer in cache.values():
+        layer.zero_()
+    copier.load([(4, 2), (5, 3), (9, 0)])
+    [expected] = caches(1, fill=True)
+    assert all(torch.equal(cache[name][[2, 3, 0]], expected[name][[2, 3, 0]]) for name in cache)
+
+
 def test_the_layout_reaches_the_worker_through_the_header(segment: Segment) -> None:
     with pytest.raises(ValueError, match="has not told"):
         RankLayout.read(segment.header)

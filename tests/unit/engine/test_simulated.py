@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,11 @@ from kvrelay.v1 import common_pb2, worker_pb2
 CONFIG = SimulatedConfig(block_size_tokens=4, num_engine_blocks=64, max_model_len_tokens=128, max_batched_tokens=16)
 LOADED, SAVED, CLOSED = KvReportKind.LOADED, KvReportKind.SAVED, KvReportKind.CLOSED
 LENGTH, STOP = common_pb2.FINISH_REASON_LENGTH, common_pb2.FINISH_REASON_STOP
+
+
+def saved(ticket: int, block: int, slot: int) -> KvReport:
+    """A whole block."""
+    return KvReport(SAVED, ticket, block, slot, 0, CONFIG.num_layers)
 
 
 class Rig:
@@ -110,12 +116,61 @@ async def test_tokens_are_the_expected_ones(rig: Rig) -> None:
 async def test_a_long_prompt_is_computed_in_chunks_and_each_block_saved_when_done(rig: Rig) -> None:
     ticket = await rig.submit("a", range(38), save=range(10, 19), max_tokens=1)
     await rig.run(num_steps=1)
-    assert rig.reports == [KvReport(SAVED, ticket, block, 10 + block) for block in range(4)]
+    assert rig.reports == [saved(ticket, block, 10 + block) for block in range(4)]
     await rig.run(num_steps=2)
     assert len(rig.reports) == 8
     await rig.run()
-    assert rig.reports[8:] == [KvReport(SAVED, ticket, 8, 18), KvReport(CLOSED, ticket)]
+    assert rig.reports[8:] == [saved(ticket, 8, 18), KvReport(CLOSED, ticket)]
     assert [len(step.deltas) for step in rig.steps] == [0, 0, 1]
+
+
+async def test_blocks_of_a_prompt_are_saved_by_groups_of_layers_while_the_step_lasts(segment: Segment) -> None:
+    config = replace(CONFIG, num_layers=5, layer_groups=2)
+    rig = Rig(config, segment)
+    told: list[tuple[float, int, int, int, int]] = []
+
+    def on_reports(reports: Sequence[KvReport]) -> None:
+        rig.reports.extend(reports)
+        told.extend((rig.now, r.block, r.slot, r.first_layer, r.num_layers) for r in reports if r.kind is SAVED)
+
+    await rig.engine.start(segment, on_reports)
+    rig.engine.grant([20])
+    await rig.submit("a", range(7), save=[0, 1], partial_tokens=7, max_tokens=6)
+    await rig.run()
+    step_s = config.step_s(7, 1, any_decode=False)
+    assert told[:2] == [(step_s / 2, block, block, 0, 2) for block in range(2)]
+    assert told[2:4] == [(step_s, block, block, 2, 3) for block in range(2)]
+    assert told[4][1:] == (2, 20, 0, 5), "a generated block is saved whole"
+    digests = TokenChain(config, range(7))
+    assert rig.content(0) == block_content(config, digests.block_digests[0], 0)
+    assert rig.content(1) == block_content(config, digests.digest(), 1)
+
+
+async def test_an_abort_between_two_groups_leaves_the_rest_of_the_block_alone(segment: Segment) -> None:
+    config = replace(CONFIG, layer_groups=2)
+    rig = Rig(config, segment)
+    num_sleeps = 0
+
+    async def abort_in_the_second_group(_seconds: float) -> None:
+        nonlocal num_sleeps
+        num_sleeps += 1
+        if num_sleeps == 2:
+            await rig.engine.abort(["a"])
+
+    rig.engine = SimulatedEngine(config, clock=lambda: 0.0, sleep=abort_in_the_second_group)
+    await rig.engine.start(segment, rig.reports.extend)
+    ticket = await rig.submit("a", range(4), save=[0], max_tokens=5)
+    await rig.run()
+    assert rig.reports == [KvReport(SAVED, ticket, 0, 0, 0, 2), KvReport(CLOSED, ticket)]
+    half = config.block_bytes // 2
+    assert any(rig.content(0)[:half])
+    assert not any(rig.content(0)[half:])
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_there_is_no_group_without_a_layer(groups: int) -> None:
+    with pytest.raises(ValueError, match=r"use 1\.\.4"):
+        SimulatedConfig(layer_groups=groups)
 
 
 async def test_saved_blocks_hold_what_their_tokens_say(rig: Rig) -> None:
@@ -150,7 +205,7 @@ async def test_a_prompt_that_is_stored_whole_still_computes_its_last_token(rig: 
 async def test_a_block_that_is_not_full_is_handed_over_too(rig: Rig) -> None:
     ticket = await rig.submit("p", range(10), save=[0, 1, 2], partial_tokens=10, max_tokens=1)
     await rig.run()
-    assert rig.of(SAVED) == [KvReport(SAVED, ticket, block, block) for block in range(3)]
+    assert rig.of(SAVED) == [saved(ticket, block, block) for block in range(3)]
     await rig.submit("exact", [*range(10), *rig.tokens("p")], load=[0, 1, 2], max_tokens=4)
     await rig.submit("again", range(10), load=[0, 1, 2], max_tokens=1)
     await rig.run()
@@ -179,7 +234,7 @@ async def test_generated_blocks_go_to_granted_slots_until_these_run_out(rig: Rig
     rig.engine.grant([20, 21])
     ticket = await rig.submit("a", range(6), save=[0], max_tokens=12)
     await rig.run()
-    assert rig.of(SAVED) == [KvReport(SAVED, ticket, block, slot) for block, slot in enumerate([0, 20, 21])]
+    assert rig.of(SAVED) == [saved(ticket, block, slot) for block, slot in enumerate([0, 20, 21])]
     digests = TokenChain(CONFIG, [*range(6), *rig.tokens("a")]).block_digests
     assert rig.content(21) == block_content(CONFIG, digests[2], 2)
 

@@ -27,7 +27,8 @@ def plan_of(
 
 
 def saves(copies: Copies) -> list[tuple[int, int]]:
-    return [(slot, block) for slot, block, _, _ in copies.saves]
+    """Blocks of the prompt, then generated ones."""
+    return [(slot, block) for slot, block, _, _ in [*copies.streamed, *copies.saves]]
 
 
 def scheduled(plan: ConnectorPlan, num_tokens: int, blocks: Sequence[int] = BLOCKS) -> Copies:
@@ -43,7 +44,7 @@ def test_stored_blocks_are_loaded_once_and_reported_in_that_step() -> None:
     copies = scheduled(plan, 3 * BLOCK + 2)
     assert copies.loads == [(100, 7), (101, 8), (102, 9)]
     assert copies.loaded == [(1, 3)]
-    assert copies.saves == []
+    assert saves(copies) == []
     assert plan.take() == Copies()
 
 
@@ -69,7 +70,7 @@ def test_blocks_are_saved_chunk_by_chunk_as_they_are_completed() -> None:
     plan = plan_of(load=SLOTS[:1], save=SLOTS[1:4])
     assert saves(scheduled(plan, BLOCK + 3)) == []
     copies = scheduled(plan, 3 * BLOCK + 1)
-    assert copies.saves == [(101, 8, 1, 1), (102, 9, 1, 2)]
+    assert copies.streamed == [(101, 8, 1, 1), (102, 9, 1, 2)]
     assert saves(scheduled(plan, 4 * BLOCK)) == [(103, 10)]
     assert saves(scheduled(plan, 5 * BLOCK)) == [], "no slot is left"
 
@@ -79,10 +80,18 @@ def test_generated_blocks_go_to_granted_slots_while_there_are_any() -> None:
     plan.grant([50, 51])
     assert plan.take() == Copies()
     assert saves(scheduled(plan, BLOCK)) == [(100, 7)]
-    assert saves(scheduled(plan, 3 * BLOCK)) == [(50, 8), (51, 9)]
+    copies = scheduled(plan, 3 * BLOCK)
+    assert (copies.streamed, copies.saves) == ([], [(50, 8, 1, 1), (51, 9, 1, 2)]), "saved whole"
     assert saves(scheduled(plan, 5 * BLOCK)) == []
     plan.grant([52])
     assert saves(scheduled(plan, 5 * BLOCK + 1)) == [(52, 10)], "saved late, but in order and without a gap"
+
+
+def test_a_prompt_that_has_too_few_slots_takes_granted_ones() -> None:
+    plan = plan_of(save=SLOTS[:1])
+    plan.grant([50])
+    copies = scheduled(plan, 2 * BLOCK)
+    assert (copies.streamed, copies.saves) == ([(100, 7, 1, 0)], [(50, 8, 1, 1)])
 
 
 def test_drafted_tokens_are_not_saved() -> None:

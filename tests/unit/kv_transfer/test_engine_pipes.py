@@ -24,7 +24,7 @@ def pipe() -> Iterator[Pipe]:
 
 def test_reports_arrive_in_order(pipe: Pipe) -> None:
     writer, reader = ReportWriter(pipe.writer_path), ReportReader(pipe.read_fd)
-    reports = [RankReport(i % 4, i % 256, 2**32 - 1 - i, i, 7 * i) for i in range(5000)]
+    reports = [RankReport(i % 4, i % 256, 2**32 - 1 - i, i, 7 * i, i % 99, 2**16 - 1 - i) for i in range(5000)]
     assert list(reader.read()) == []
     writer.write(reports)
     assert list(reader.read()) == reports
@@ -116,3 +116,10 @@ def test_a_report_counts_once_all_ranks_have_sent_it() -> None:
     assert [quorum.complete(r) for r in (saved[0], other, saved[1])] == [False, False, True]
     assert [quorum.complete(r) for r in saved] == [False, True]
     assert RankQuorum(1).complete(saved[0])
+
+
+def test_each_part_of_a_block_counts_for_itself() -> None:
+    quorum = RankQuorum(2)
+    first, second = ([RankReport(2, rank, 5, 0, 9, layer, 3) for rank in range(2)] for layer in (0, 3))
+    reports = [first[0], second[0], second[1], first[1]]
+    assert [quorum.complete(r) for r in reports] == [False, False, True, True]

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvrelay.block_hash import BlockHasher, layout_fingerprint
+from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
 from kvrelay.worker.submission import Submission
 from kvrelay.worker.work import Work
 
 BLOCK = 4
+LAYERS = 6
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 LAYOUT = cluster_pb2.KvLayout(block_size_tokens=BLOCK)
 LAYOUT.fingerprint = layout_fingerprint(LAYOUT)
@@ -31,7 +33,7 @@ class Rig:
     save_partial: bool = False
     with_handler: bool = False
     deltas: list[worker_pb2.TokenDelta] = field(default_factory=list)
-    handled: list[tuple[int, int]] = field(default_factory=list)
+    handled: list[BlockPart] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = BlockStore(8)
@@ -45,11 +47,12 @@ class Rig:
             self.work(),
             self.store,
             BlockHasher(LAYOUT, "", PROMPT),
+            num_layers=LAYERS,
             load=self.load,
             saving=self.saving,
             names=names(PROMPT)[: 3 if self.save_partial else 2],
             sink=self.deltas.append,
-            on_block=self.handle if self.with_handler else None,
+            on_part=self.handle if self.with_handler else None,
         )
 
     def work(self) -> Work:
@@ -63,9 +66,18 @@ class Rig:
             trace=common_pb2.TraceContext(),
         )
 
-    def handle(self, block: int, slot: int) -> None:
-        self.handled.append((block, slot))
-        self.store.unpin([slot])
+    def handle(self, part: BlockPart) -> None:
+        self.handled.append(part)
+
+    def let_go(self) -> None:
+        """What a handler owes."""
+        for part in self.handled:
+            self.store.unpin([part.slot])
+        self.handled.clear()
+
+    def saved(self, block: int, slot: int) -> None:
+        """The engine reports a whole block."""
+        assert self.submission.saved(BlockPart(block, slot, 0, LAYERS))
 
     def tokens(self, *tokens: int, finish: common_pb2.FinishReason.ValueType = LENGTH) -> None:
         """The engine's delta under its own id; the last one by default."""
@@ -90,10 +102,12 @@ def test_a_loaded_slot_is_held_until_it_was_read() -> None:
 
 def test_prompt_blocks_are_stored_under_their_names() -> None:
     rig = Rig(save_partial=True, with_handler=True)
-    rig.submission.saved(1, rig.saving[1])
-    rig.submission.saved(2, rig.saving[2])
+    rig.saved(1, rig.saving[1])
+    rig.saved(2, rig.saving[2])
     assert rig.store.match(names(PROMPT)) == [rig.load[0], rig.saving[1], rig.saving[2]]
-    assert rig.handled == [(1, rig.saving[1]), (2, rig.saving[2])]
+    assert rig.handled == [BlockPart(block, rig.saving[block], 0, LAYERS) for block in (1, 2)]
+    assert rig.store.usage().num_pinned == 3
+    rig.let_go()
     rig.tokens(1)
     rig.submission.close()
     rig.assert_over(num_granted=2)
@@ -101,9 +115,9 @@ def test_prompt_blocks_are_stored_under_their_names() -> None:
 
 def test_a_generated_block_gets_its_name_with_its_last_token() -> None:
     rig = Rig()
-    rig.submission.saved(1, rig.saving[1])
+    rig.saved(1, rig.saving[1])
     rig.tokens(50, finish=common_pb2.FINISH_REASON_UNSPECIFIED)
-    rig.submission.saved(2, rig.granted[0])
+    rig.saved(2, rig.granted[0])
     assert rig.store.usage().num_granted == 2, "its last token is not known yet"
     rig.tokens(51)
     assert rig.store.find(names([*PROMPT, 50, 51])[2]) == rig.granted[0]
@@ -119,7 +133,7 @@ def test_a_generated_block_is_stored_whichever_news_comes_first(order: tuple[str
     rig = Rig()
     for event in order:
         if event == "saved":
-            rig.submission.saved(2, rig.granted[0])
+            rig.saved(2, rig.granted[0])
         elif event == "tokens":
             rig.tokens(50, 51)
         else:
@@ -131,7 +145,7 @@ def test_a_generated_block_is_stored_whichever_news_comes_first(order: tuple[str
 @pytest.mark.parametrize("end_first", [True, False])
 def test_a_request_that_ends_without_its_tokens_gives_everything_back(end_first: bool) -> None:
     rig = Rig(save_partial=True)
-    rig.submission.saved(3, rig.granted[0])
+    rig.saved(3, rig.granted[0])
     if end_first:
         rig.submission.end()
         assert rig.store.usage().num_reserved == 2, "the engine may still write"
@@ -147,11 +161,65 @@ def test_a_block_that_somebody_else_stored_meanwhile_is_kept_once() -> None:
     rig = Rig(with_handler=True)
     [slot] = rig.store.reserve(1)
     rig.store.commit(slot, names(PROMPT)[1])
-    rig.submission.saved(1, rig.saving[1])
-    assert rig.handled == [(1, slot)]
+    rig.saved(1, rig.saving[1])
+    assert rig.handled == [BlockPart(1, slot, 0, LAYERS)]
+    rig.let_go()
     rig.store.unpin([slot])
     rig.tokens(1)
     rig.submission.close()
+    rig.assert_over(num_granted=2)
+
+
+def test_parts_of_a_block_are_handed_over_as_they_come_and_stored_with_the_last() -> None:
+    rig = Rig(with_handler=True)
+    parts = [BlockPart(1, rig.saving[1], first, 2) for first in (0, 2, 4)]
+    assert [rig.submission.saved(part) for part in parts[:2]] == [False, False]
+    assert rig.handled == parts[:2]
+    assert rig.store.find(names(PROMPT)[1]) is None
+    assert rig.submission.saved(parts[2])
+    assert rig.handled == parts
+    assert rig.store.find(names(PROMPT)[1]) == rig.saving[1]
+    rig.tokens(1)
+    rig.submission.close()
+    assert rig.store.usage().num_pinned == 1, "parts are still being sent"
+    rig.let_go()
+    rig.assert_over(num_granted=2)
+
+
+def test_parts_that_nobody_wants_are_stored_all_the_same() -> None:
+    rig = Rig()
+    assert not rig.submission.saved(BlockPart(1, rig.saving[1], 0, 5))
+    assert rig.submission.saved(BlockPart(1, rig.saving[1], 5, 1))
+    assert rig.store.find(names(PROMPT)[1]) == rig.saving[1]
+    rig.tokens(1)
+    rig.submission.close()
+    rig.assert_over(num_granted=2)
+
+
+def test_a_slot_is_kept_for_whoever_sends_its_parts_though_its_block_was_never_completed() -> None:
+    rig = Rig(with_handler=True)
+    rig.submission.saved(BlockPart(1, rig.saving[1], 0, 2))
+    rig.submission.end()
+    rig.submission.close()
+    usage = rig.store.usage()
+    assert (usage.num_reserved, usage.num_free) == (1, 4)
+    rig.let_go()
+    rig.assert_over(num_granted=2)
+    assert rig.store.find(names(PROMPT)[1]) is None
+
+
+def test_the_last_part_comes_from_where_the_block_is_stored() -> None:
+    """Somebody else stored it meanwhile; earlier parts stay readable where they are."""
+    rig = Rig(with_handler=True)
+    rig.submission.saved(BlockPart(1, rig.saving[1], 0, 4))
+    [other] = rig.store.reserve(1)
+    rig.store.unpin([rig.store.commit(other, names(PROMPT)[1])])
+    rig.submission.saved(BlockPart(1, rig.saving[1], 4, 2))
+    assert rig.handled == [BlockPart(1, rig.saving[1], 0, 4), BlockPart(1, other, 4, 2)]
+    rig.tokens(1)
+    rig.submission.close()
+    assert rig.store.usage().num_reserved == 1
+    rig.let_go()
     rig.assert_over(num_granted=2)
 
 
