@@ -130,9 +130,13 @@ class KvRelayConnector(KVConnectorBase_V1):
         closed = kv_connector_metadata.copies.closed
         self._reports.write(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in closed)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Called before the forward pass; `start_load_kv` comes after it when there is nothing to load."""
+        super().bind_connector_metadata(connector_metadata)
+        self._groups.begin()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         copies = self._copies()
-        self._groups.begin()
         self._copier.load(copies.loads)
         self._reports.write(RankReport(LOADED, self._rank, ticket, count, 0) for ticket, count in copies.loaded)
 
