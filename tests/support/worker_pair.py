@@ -34,6 +34,7 @@ CONFIG = SimulatedConfig(
     max_model_len_tokens=256,
     num_engine_blocks=256,
     max_batched_tokens=32,
+    layer_groups=2,
     time_scale=0,
 )
 BLOCK = CONFIG.block_size_tokens
@@ -52,6 +53,12 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+    async def let_pass(self, number: int) -> None:
+        """Let the one pass who comes as number `number`, and nobody after it."""
+        await eventually(lambda: self.num_arrived == number)
+        self.open()
+        self.shut()
 
     async def pass_through(self, *_: object) -> None:
         self.num_arrived += 1
@@ -89,7 +96,7 @@ class Node:
     host: WorkerHost
     kv: GatedKvService
     steps: Gate
-    """Every step of the engine passes it."""
+    """Every group of layers of every step of the engine passes it."""
     address: str
     server: grpc.aio.Server
 

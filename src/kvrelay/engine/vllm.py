@@ -56,7 +56,7 @@ _FINISH_REASONS = {
     FinishReason.REPETITION: common_pb2.FINISH_REASON_REPETITION,
 }
 
-_CPU_LAYER_GROUPS = 4
+_CPU_LAYER_GROUPS = 6
 _SHUTDOWN_S = 4.0
 """The engine core gets this long before it is killed; its ranks need 3 s to leave Python."""
 
