@@ -74,11 +74,11 @@ class BlockStore:
     def pin(self, slots: Iterable[int]) -> None:
         """Keep slots from being used for anything else until as many `unpin`.
 
-        Whoever pins a reserved or granted slot reads only what is complete in it.
+        Whoever pins a slot that is not ready reads only what is complete in it, and has pinned an abandoned one before.
         """
         for slot in slots:
-            if self._state[slot] in (SlotState.FREE, SlotState.ABANDONED):
-                raise SlotError(f"slot {slot} is {self._state[slot].value} and cannot be pinned")
+            if self._state[slot] is SlotState.FREE:
+                raise SlotError(f"slot {slot} is free and cannot be pinned")
             self._pins[slot] += 1
             self._evictable.pop(slot, None)
 

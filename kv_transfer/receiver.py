@@ -6,12 +6,13 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
+from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FrameHeader, checksum
 from kvrelay.v1 import cluster_pb2
@@ -73,9 +74,9 @@ class Receiver:
         *,
         hold_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
-        post: Callable[..., object] = _at_once,
+        post: Post = _at_once,
     ) -> None:
-        """`post(callback, *args)` calls back in the event loop, like `loop.call_soon_threadsafe`."""
+        """`post`: how threads reach the event loop; at once where all is one thread."""
         self._store = store
         self._segment = segment
         self._layout = layout
@@ -191,10 +192,10 @@ class Receiver:
             transfer.pinned.append(self._store.commit(slot, transfer.hashes[index]))
             transfer.received_blocks += 1
 
-    def is_open(self, transfer_id: int) -> bool:
-        """Whether wanted blocks of the transfer are missing and may still come."""
-        transfer = self._transfers.get(transfer_id)
-        return transfer is not None and not transfer.settled
+    def stream_broke(self, transfer_ids: Iterable[int]) -> None:
+        """With a stream end the transfers that it carried: whoever waits computes the rest at once. Any thread."""
+        for transfer_id in transfer_ids:
+            self._post(self.commit, transfer_id)
 
     def commit(self, transfer_id: int) -> int:
         """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""

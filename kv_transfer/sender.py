@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvrelay.kv_transfer.block_part import BlockPart
+from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.frame_order import FrameOrder, cut
 from kvrelay.kv_transfer.peer import Peer, PeerError
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.wire import MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
@@ -20,7 +22,11 @@ class PushResult:
     """What became of a push."""
 
     num_blocks: int = 0
+    """Acknowledged with all their layers."""
     num_bytes: int = 0
+    """Sent, again or not."""
+    num_stored_bytes: int = 0
+    """Acknowledged."""
     num_resent_frames: int = 0
     num_missing_blocks: int = 0
     error: str = ""
@@ -28,38 +34,36 @@ class PushResult:
 
 
 class Push:
-    """Sends the blocks of one request as they become ready.
+    """Sends the blocks of one request as their parts become ready.
 
-    The caller pins a slot for each `add`; `unpin` gets it back once the peer has acknowledged the block or does
-    not want it, or when the push is over. A push never fails its request: what does not arrive is computed by the
-    peer.
+    The caller pins the slot for each `add`; the push unpins it once the peer has acknowledged the part or does not want
+    it, or when the push is over. A push never fails its request: what does not arrive is computed by the peer.
     """
 
-    def __init__(
-        self, peer: Peer, segment: Segment, offer: kv_transfer_pb2.OfferRequest, unpin: Callable[[Sequence[int]], None]
-    ) -> None:
+    def __init__(self, peer: Peer, segment: Segment, offer: kv_transfer_pb2.OfferRequest, store: BlockStore) -> None:
         self._peer = peer
         self._segment = segment
         self._offer = offer
-        self._unpin = unpin
-        self._held: dict[int, int] = {}
-        self._ready: asyncio.Queue[int | None] = asyncio.Queue()
-        self._to_resend: list[int] = []
-        self._resent: set[int] = set()
+        self._store = store
+        self._num_layers = offer.layout.num_layers
+        self._layer_bytes = segment.slot_bytes // self._num_layers
+        self._ready: asyncio.Queue[BlockPart | None] = asyncio.Queue()
+        self._orders: dict[tuple[int, int], FrameOrder] = {}
+        """Sent and not acknowledged, each with a pin on the slot of every part."""
+        self._num_stored_layers = 0
         self._progress = asyncio.Event()
         self._over = False
         self.result = PushResult()
 
-    def add(self, block: int, slot: int) -> None:
-        """Block `block` of the offer is ready in `slot`, which the push unpins."""
+    def add(self, part: BlockPart) -> None:
+        """Some layers of a block of the offer are ready in a slot, which the push unpins."""
         if self._over:
-            self._unpin([slot])
-            return
-        self._held[block] = slot
-        self._ready.put_nowait(block)
+            self._store.unpin([part.slot])
+        else:
+            self._ready.put_nowait(part)
 
     def finish(self) -> None:
-        """No more blocks are added."""
+        """No more is added."""
         self._ready.put_nowait(None)
 
     async def run(self) -> PushResult:
@@ -80,8 +84,12 @@ class Push:
     def close(self) -> None:
         """Unpin every slot that is still held; idempotent. The owner calls it, for a `run` that never started."""
         self._over = True
-        self._unpin(list(self._held.values()))
-        self._held.clear()
+        for key in list(self._orders):
+            self._settle(key)
+        while not self._ready.empty():
+            part = self._ready.get_nowait()
+            if part is not None:
+                self._store.unpin([part.slot])
 
     async def _run(self) -> None:
         want = await self._peer.offer(self._offer)
@@ -89,77 +97,63 @@ class Push:
         with self._peer.acks(want.transfer_id, self._on_ack):
             finished = False
             while not (finished or self._over):
-                blocks, finished = await self._next_blocks()
-                for block in blocks:
-                    if block not in wanted:
-                        self._drop(block)
-                for run in self._frames([block for block in blocks if block in wanted]):
-                    await self._send(want.transfer_id, run)
-            while self._held and not self._over:
+                parts, finished = await self._next_parts()
+                self._send(want, [part for part in parts if part.block in wanted])
+                self._store.unpin([part.slot for part in parts])
+            while self._orders and not self._over:
                 self._progress.clear()
-                resend, self._to_resend = self._to_resend, []
-                for run in self._frames(resend):
-                    await self._send(want.transfer_id, run)
                 async with asyncio.timeout(_ACK_TIMEOUT_S):
                     await self._progress.wait()
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
 
-    async def _next_blocks(self) -> tuple[list[int], bool]:
-        """Every block that is ready, at least one unless the input is finished."""
-        blocks: list[int] = []
+    async def _next_parts(self) -> tuple[list[BlockPart], bool]:
+        """Everything that is ready, at least one part unless the input is finished."""
+        parts: list[BlockPart] = []
         item = await self._ready.get()
         while item is not None:
-            blocks.append(item)
+            parts.append(item)
             if self._ready.empty():
-                return blocks, False
+                return parts, False
             item = self._ready.get_nowait()
-        return blocks, True
+        return parts, True
 
-    def _frames(self, blocks: Sequence[int]) -> Iterator[list[int]]:
-        """Cut into runs of neighbours that fit a frame."""
-        most = max(1, MAX_PAYLOAD_BYTES // self._segment.slot_bytes)
-        run: list[int] = []
-        for block in blocks:
-            if run and (block != run[-1] + 1 or len(run) == most):
-                yield run
-                run = []
-            run.append(block)
-        if run:
-            yield run
+    def _send(self, want: kv_transfer_pb2.Want, parts: Sequence[BlockPart]) -> None:
+        for run in cut(parts, self._layer_bytes):
+            order = FrameOrder(self._segment, self._layer_bytes, want.transfer_id, run)
+            self._store.pin(part.slot for part in run)
+            self._orders[order.key] = order
+            self._put(order)
 
-    async def _send(self, transfer_id: int, run: Sequence[int]) -> None:
-        parts = [self._segment.slot_view(self._held[block]) for block in run if block in self._held]
-        if len(parts) < len(run):  # The push ended while waiting.
-            return
-        header = FrameHeader(transfer_id, run[0], len(run), 0, self._offer.layout.num_layers, checksum(parts))
-        frame = encode_frame(header, parts)
-        self.result.num_bytes += sum(len(part) for part in parts)
-        for part in parts:  # A cancelled task's traceback would keep them, and the segment could not be closed.
-            part.release()
-        async with asyncio.timeout(_ACK_TIMEOUT_S):
-            await self._peer.send(frame)
+    def _put(self, order: FrameOrder) -> None:
+        self.result.num_bytes += order.num_bytes
+        self._peer.send(order)
 
     def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
             self._end(f"the stream to {self._peer.address} broke")
             return
-        run = range(ack.first_block, ack.first_block + ack.num_blocks)
+        key = ack.first_block, ack.first_layer
+        order = self._orders.get(key)
+        if order is None:
+            return
         if ack.status == FrameAck.STATUS_STORED:
-            self.result.num_blocks += len(run)
-            for block in run:
-                self._drop(block)
-        elif ack.status == FrameAck.STATUS_CORRUPT and not self._resent & set(run):
-            self._resent.update(run)
-            self._to_resend.extend(run)
+            self._num_stored_layers += len(order.parts) * order.parts[0].num_layers
+            self.result.num_blocks = self._num_stored_layers // self._num_layers
+            self.result.num_stored_bytes += order.num_bytes
+            self._settle(key)
+        elif ack.status == FrameAck.STATUS_CORRUPT and not order.was_resent:
+            order.was_resent = True
             self.result.num_resent_frames += 1
+            self._put(order)
         else:
             self._end(f"{self._peer.address} answered {FrameAck.Status.Name(ack.status)}")
         self._progress.set()
 
-    def _drop(self, block: int) -> None:
-        slot = self._held.pop(block, None)
-        if slot is not None:
-            self._unpin([slot])
+    def _settle(self, key: tuple[int, int]) -> None:
+        """Nobody reads the order's slots any more."""
+        order = self._orders.pop(key)
+        order.drop()
+        self._store.unpin([part.slot for part in order.parts])
 
     def _end(self, error: str) -> None:
         self._over = True

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import xxhash
 
+FRAME_BYTES = 1 << 20
+"""Payload that a sender aims at: measured to be the fastest."""
 MAX_PAYLOAD_BYTES = 4 << 20
-"""Largest payload that a sender puts into one frame."""
+"""Largest payload that a sender puts into one frame, unless one layer of one block is larger."""
 MAX_FRAME_BYTES = 64 << 20
 """Largest frame that a receiver takes: one block of a large model may exceed `MAX_PAYLOAD_BYTES`."""
 

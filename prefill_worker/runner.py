@@ -35,17 +35,15 @@ class PrefillRole:
         hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
         with host.job(), host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
             num_layers = host.info.layout.num_layers
-            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes), host)
+            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes), num_layers)
             try:
                 host.store.pin(stored.present)
                 for block, slot in enumerate(stored.present):
-                    push.part(BlockPart(block, slot, 0, num_layers))
+                    push.add(BlockPart(block, slot, 0, num_layers))
                 async with asyncio.TaskGroup() as tasks:
                     pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
                     work = Work.of(request, "prefill")
-                    submission = await host.submit(
-                        work, hasher, stored, save_partial=True, sink=sink, on_part=push.part
-                    )
+                    submission = await host.submit(work, hasher, stored, save_partial=True, sink=sink, on_part=push.add)
                     await self._until_closed(submission)
                     push.push.finish()  # Blocks that the store had no room for do not come.
                     await pushing
@@ -68,7 +66,7 @@ class PrefillRole:
             block_hashes=b"".join(hashes),
             trace=span.context,
         )
-        return Push(host.peers.get(request.decode_address), host.segment, offer, host.store.unpin)
+        return Push(host.peers.get(request.decode_address), host.segment, offer, host.store)
 
     async def _run_push(self, push: Push, request_id: str, span: Span) -> None:
         try:
@@ -97,26 +95,14 @@ def _first_failure() -> Iterator[None]:
 
 
 class _Outgoing:
-    """Finishes a push as soon as the last block is there, without waiting for the engine to close the request."""
+    """Finishes a push as soon as the last part is there, without waiting for the engine to close the request."""
 
-    def __init__(self, push: Push, num_blocks: int, host: WorkerHost) -> None:
+    def __init__(self, push: Push, num_blocks: int, num_layers: int) -> None:
         self.push = push
-        self._num_layers = host.info.layout.num_layers
-        self._missing_layers = num_blocks * self._num_layers
-        self._unpin = host.store.unpin
-        self._done: dict[int, int] = {}
+        self._missing_layers = num_blocks * num_layers
 
-    def part(self, part: BlockPart) -> None:
-        self._send(part)
+    def add(self, part: BlockPart) -> None:
+        self.push.add(part)
         self._missing_layers -= part.num_layers
         if not self._missing_layers:
             self.push.finish()
-
-    def _send(self, part: BlockPart) -> None:
-        """A block leaves once its last part is there."""
-        done = self._done.pop(part.block, 0) + part.num_layers
-        if done == self._num_layers:
-            self.push.add(part.block, part.slot)
-        else:
-            self._done[part.block] = done
-            self._unpin([part.slot])

@@ -10,8 +10,11 @@ import grpc.aio
 
 from kvrelay.block_hash import layout_fingerprint
 from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peer, Peers
+from kvrelay.kv_transfer.posting import post_to_running_loop
+from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
 from kvrelay.kv_transfer.sender import Push
@@ -48,7 +51,7 @@ class Side:
         self.segment = Segment.create(HEADER_BYTES + num_slots * SLOT_BYTES)
         self.segment.configure(SLOT_BYTES)
         self.store = BlockStore(num_slots)
-        self.receiver = Receiver(self.store, self.segment, self.layout)
+        self.receiver = Receiver(self.store, self.segment, self.layout, post=post_to_running_loop())
 
     def put(self, numbers: Sequence[int]) -> list[int]:
         """Store blocks; their slots are pinned once."""
@@ -92,35 +95,49 @@ def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int]) -
         layout=sender.layout,
         block_hashes=b"".join(map(block_name, numbers)),
     )
-    return Push(peer, sender.segment, offer, sender.store.unpin)
+    return Push(peer, sender.segment, offer, sender.store)
+
+
+def whole(block: int, slot: int) -> BlockPart:
+    """All layers of a block."""
+    return BlockPart(block, slot, 0, LAYERS)
 
 
 class KvServer:
-    """A KvTransfer service; can be stopped and started again on the same port."""
+    """A KvTransfer service; can be stopped and started again on the same ports."""
 
-    def __init__(self, service: KvTransferService) -> None:
+    def __init__(self, receiver: Receiver, push_server: type[PushServer] = PushServer) -> None:
         self.address = ""
-        self._service = service
-        self._port = 0
+        self._receiver = receiver
+        self._push_server_type = push_server
+        self._port = self._push_port = 0
         self._server: grpc.aio.Server | None = None
+        self._push_server: PushServer | None = None
 
     async def start(self) -> None:
+        self._push_server = self._push_server_type(self._receiver)
+        self._push_port = self._push_server.start(f"127.0.0.1:{self._push_port}")
         self._server = grpc.aio.server(options=server_options())
-        add_to_server(self._service, self._server)
+        add_to_server(KvTransferService(self._receiver, self.push_address), self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"
         await self._server.start()
 
+    @property
+    def push_address(self) -> str:
+        return f"127.0.0.1:{self._push_port}"
+
     async def stop(self) -> None:
-        if self._server is not None:
+        if self._server is not None and self._push_server is not None:
             await self._server.stop(None)
-            self._server = None
+            await asyncio.to_thread(self._push_server.stop)
+            self._server = self._push_server = None
 
 
 @contextlib.asynccontextmanager
-async def kv_server(service: KvTransferService) -> AsyncIterator[KvServer]:
+async def kv_server(receiver: Receiver, push_server: type[PushServer] = PushServer) -> AsyncIterator[KvServer]:
     """Serve until the end of the block."""
-    server = KvServer(service)
+    server = KvServer(receiver, push_server)
     await server.start()
     try:
         yield server
@@ -130,9 +147,8 @@ async def kv_server(service: KvTransferService) -> AsyncIterator[KvServer]:
 
 @contextlib.asynccontextmanager
 async def open_peers() -> AsyncIterator[Peers]:
-    async with asyncio.TaskGroup() as tasks:
-        peers = Peers(tasks)
-        try:
-            yield peers
-        finally:
-            await peers.close()
+    peers = Peers()
+    try:
+        yield peers
+    finally:
+        await peers.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.simulated import SimulatedEngine
 from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import HEADER_BYTES
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
@@ -66,26 +67,35 @@ class Gate:
         await self._open.wait()
 
 
+class GatedPushServer(PushServer):
+    """Its threads stop at a gate of the event loop."""
+
+    def __init__(self, receiver: Receiver, gate: Gate) -> None:
+        super().__init__(receiver)
+        self._gate = gate
+        self._loop = asyncio.get_running_loop()
+
+    def push(self, frames: Iterator[bytes], context: Any) -> Iterator[kv_transfer_pb2.FrameAck]:
+        def gated() -> Iterator[bytes]:
+            for frame in frames:
+                asyncio.run_coroutine_threadsafe(self._gate.pass_through(), self._loop).result()
+                yield frame
+
+        yield from super().push(gated(), context)
+
+
 class GatedKvService(KvTransferService):
     """Stops offers and frames at gates."""
 
     def __init__(self, receiver: Receiver) -> None:
-        super().__init__(receiver)
-        self.offers = Gate()
         self.frames = Gate()
+        self.push_server = GatedPushServer(receiver, self.frames)
+        super().__init__(receiver, f"127.0.0.1:{self.push_server.start('127.0.0.1:0')}")
+        self.offers = Gate()
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> kv_transfer_pb2.Want:
         await self.offers.pass_through()
         return await super().offer(request, context)
-
-    async def push(self, frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[kv_transfer_pb2.FrameAck]:
-        async def gated() -> AsyncIterator[bytes]:
-            async for frame in frames:
-                await self.frames.pass_through()
-                yield frame
-
-        async for ack in super().push(gated(), context):
-            yield ack
 
 
 @dataclass(slots=True)
@@ -146,7 +156,10 @@ async def open_node(
             usage = node.status().store
             assert usage.num_free + usage.num_evictable + usage.num_granted == usage.num_slots
         finally:
+            for gate in (kv.offers, kv.frames, steps):
+                gate.open()
             await server.stop(None)
+            await asyncio.to_thread(kv.push_server.stop)
 
 
 def sampling(max_tokens: int, **values: Any) -> common_pb2.SamplingParams:

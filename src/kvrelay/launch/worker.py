@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -21,6 +22,7 @@ from kvrelay import __version__, etcd, grpc_options, logs, membership
 from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.base import EngineDeadError, EngineInfo
 from kvrelay.kv_transfer import service as kv_service
+from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.launch.engines import EngineChoice, make_engine
 from kvrelay.prefill_worker.runner import PrefillRole
@@ -50,6 +52,8 @@ class WorkerConfig:
     listen: str = "127.0.0.1:0"
     advertise: str | None = None
     """host:port that others dial; where it listens when None."""
+    push_listen: str | None = None
+    """host:port where KV blocks come in, on the host that is advertised; a free port when None."""
     engine: EngineChoice
     store: StoreConfig = field(default_factory=StoreConfig)
     otlp_endpoint: str | None = None
@@ -115,7 +119,7 @@ async def _server(
 ) -> AsyncIterator[tuple[cluster_pb2.WorkerInfo, health.aio.HealthServicer]]:
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
     port = server.add_insecure_port(config.listen)
-    listening = f"{config.listen.rpartition(':')[0]}:{port}"
+    listening = f"{_host_of(config.listen)}:{port}"
     info = _worker_info(config, host.info, config.advertise or listening)
     service = WorkerService(
         lambda: info,
@@ -124,7 +128,10 @@ async def _server(
         DecodeRole(host),
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-    kv_service.add_to_server(KvTransferService(host.receiver), server)
+    push_server = PushServer(host.receiver)
+    push_port = push_server.start(config.push_listen or f"{_host_of(config.listen)}:0")
+    push_address = f"{_host_of(info.address)}:{push_port}"
+    kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -140,6 +147,11 @@ async def _server(
         yield info, health_servicer
     finally:
         await server.stop(None)
+        await asyncio.to_thread(push_server.stop)
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0]
 
 
 @contextlib.asynccontextmanager

@@ -61,8 +61,11 @@ class Want(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """Names the reservation; never used twice by one receiver."""
+    push_address: _builtins.str
+    """host:port where Push is served."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into the offer's hashes, ascending."""
@@ -72,10 +75,11 @@ class Want(_message.Message):
         *,
         transfer_id: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
+        push_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -156,10 +160,14 @@ class FrameAck(_message.Message):
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     num_blocks: _builtins.int
     status: Global___FrameAck.Status.ValueType
+    first_layer: _builtins.int
+    num_layers: _builtins.int
     def __init__(
         self,
         *,
@@ -167,10 +175,12 @@ class FrameAck(_message.Message):
         first_block: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
         status: Global___FrameAck.Status.ValueType = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "num_blocks", b"num_blocks", "status", b"status", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "status", b"status", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

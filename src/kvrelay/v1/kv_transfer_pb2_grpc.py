@@ -78,8 +78,10 @@ class KvTransferServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Push(self, request_iterator, context):
-        """One long-lived stream per channel carries the frames of many transfers. Flow control is the
-        back pressure. Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
+        """Served at the address that Want names, by threads of its own. A stream carries the frames of many
+        transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
+        A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+        Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

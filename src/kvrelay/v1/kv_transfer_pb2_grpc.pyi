@@ -44,8 +44,10 @@ class KvTransferStub:
     Offer: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]
     """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
     Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAck]
-    """One long-lived stream per channel carries the frames of many transfers. Flow control is the
-    back pressure. Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
+    """Served at the address that Want names, by threads of its own. A stream carries the frames of many
+    transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
+    A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+    Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
 
@@ -65,8 +67,10 @@ class KvTransferAsyncStub(KvTransferStub):
     Offer: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]  # type: ignore[assignment]
     """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
     Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAck]  # type: ignore[assignment]
-    """One long-lived stream per channel carries the frames of many transfers. Flow control is the
-    back pressure. Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
+    """Served at the address that Want names, by threads of its own. A stream carries the frames of many
+    transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
+    A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+    Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
 
@@ -95,8 +99,10 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.Frame],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAck], _abc.AsyncIterator[_kv_transfer_pb2.FrameAck]]:
-        """One long-lived stream per channel carries the frames of many transfers. Flow control is the
-        back pressure. Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
+        """Served at the address that Want names, by threads of its own. A stream carries the frames of many
+        transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
+        A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+        Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
 
     @_abc_1.abstractmethod

@@ -15,6 +15,7 @@ from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, K
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
+from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
@@ -50,7 +51,13 @@ class WorkerHost:
         self.peers = peers
         self.tracing = tracing
         self.store = BlockStore(segment.num_slots)
-        self.receiver = Receiver(self.store, segment, info.layout, hold_s=config.transfer_hold_s)
+        self.receiver = Receiver(
+            self.store,
+            segment,
+            info.layout,
+            hold_s=config.transfer_hold_s,
+            post=post_to_running_loop(),
+        )
         self.counters: Counter[str] = Counter()
         self.block_size = info.layout.block_size_tokens
         self._engine = engine
@@ -273,7 +280,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
         # Reports are about submissions, so none comes before the host is there.
         info = await engine.start(segment, lambda reports: host.on_kv_reports(reports))
         async with asyncio.TaskGroup() as tasks:
-            peers = Peers(tasks)
+            peers = Peers()
             host = WorkerHost(engine, info, segment, peers, config, tracing)
             host.top_up_grants()
             loops = [

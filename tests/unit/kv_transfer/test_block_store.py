@@ -39,7 +39,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def pinnable(self) -> list[int]:
-        return sorted({*self.lent, *self.ready.values()})
+        return sorted({*self.lent, *self.abandoned, *self.ready.values()})
 
     def left(self, slot: int) -> None:
         """Its writer completed it or gave it up."""
@@ -214,11 +214,12 @@ def test_a_slot_whose_writer_left_is_free_when_its_last_reader_leaves() -> None:
     store.pin([slot, slot])
     store.release([slot])
     assert store.reserve(1) == []
-    with pytest.raises(SlotError, match="abandoned"):
-        store.pin([slot])
-    store.unpin([slot])
+    store.pin([slot])
+    store.unpin([slot, slot])
     assert store.usage().num_reserved == 1
     store.unpin([slot])
+    with pytest.raises(SlotError, match="free"):
+        store.pin([slot])
     assert store.reserve(1) == [slot]
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
+import grpc
 import pytest
 
 from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver, Transfer
 from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
-from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.kv_transfer.wire import FrameHeader, checksum, encode_frame
 from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
@@ -377,19 +378,19 @@ async def test_what_somebody_waits_for_does_not_expire(rig: Rig) -> None:
     assert await task is not None
 
 
-async def test_a_stream_that_ends_ends_its_unfinished_transfers(rig: Rig) -> None:
+async def test_a_stream_that_breaks_ends_its_unfinished_transfers(rig: Rig) -> None:
     done, _ = rig.offer("done", [1])
     cut, _ = rig.offer("cut", [2, 3])
 
-    async def frames() -> AsyncIterator[bytes]:
+    def frames() -> Iterator[bytes]:
         for transfer_id, block in ((done, 1), (cut, 2)):
             payload = content(block)
             yield encode_frame(FrameHeader(transfer_id, 0, 1, 0, LAYERS, checksum([payload])), [payload])
+        raise grpc.RpcError
 
-    service = KvTransferService(rig.receiver)
-    acks = [ack.status async for ack in service.push(frames(), cast("Any", None))]
+    with pytest.raises(grpc.RpcError):
+        list(PushServer(rig.receiver).push(frames(), cast("Any", None)))
 
-    assert acks == [STORED, STORED]
     transfer = await rig.receiver.wait_settled("cut", timeout_s=5)
     assert transfer is not None
     assert transfer.received_blocks == 1

@@ -1,0 +1,81 @@
+"""What must be sent, until it is acknowledged: consecutive blocks with the same layers, a frame's worth."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from kvrelay.kv_transfer.block_part import BlockPart
+from kvrelay.kv_transfer.segment import Segment
+from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
+
+
+class FrameOrder:
+    """One frame to be made by the thread that sends it.
+
+    Its slots are pinned as long as somebody may `encode` it: after `drop` has returned nobody reads them.
+    """
+
+    def __init__(self, segment: Segment, layer_bytes: int, transfer_id: int, parts: Sequence[BlockPart]) -> None:
+        self.parts = parts
+        self.was_resent = False
+        self._segment = segment
+        self._layer_bytes = layer_bytes
+        self._transfer_id = transfer_id
+        self._lock = threading.Lock()
+        self._dropped = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """First block and first layer: what an ack names."""
+        return self.parts[0].block, self.parts[0].first_layer
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.parts) * self.parts[0].num_layers * self._layer_bytes
+
+    def encode(self) -> bytes | None:
+        """The frame, or None when it is not wanted any more. Any thread."""
+        with self._lock:
+            if self._dropped:
+                return None
+            first = self.parts[0]
+            offset, size = first.first_layer * self._layer_bytes, first.num_layers * self._layer_bytes
+            views = [self._segment.slot_view(part.slot, offset, size) for part in self.parts]
+            try:
+                header = FrameHeader(
+                    self._transfer_id, first.block, len(views), first.first_layer, first.num_layers, checksum(views)
+                )
+                return encode_frame(header, views)
+            finally:
+                for view in views:  # A traceback would keep them, and the segment could not be closed.
+                    view.release()
+
+    def drop(self) -> None:
+        """Do not send it; waits while it is being made, a copy of some megabytes at most. Idempotent."""
+        with self._lock:
+            self._dropped = True
+
+
+def cut(parts: Sequence[BlockPart], layer_bytes: int) -> Iterator[list[BlockPart]]:
+    """Into lists for a frame each: neighbours with the same layers are joined, large parts are divided by layers."""
+    run: list[BlockPart] = []
+    for part in parts:
+        for piece in _divide(part, max(1, MAX_PAYLOAD_BYTES // layer_bytes)):
+            if run and not (_joins(run[-1], piece) and (len(run) + 1) * piece.num_layers * layer_bytes <= FRAME_BYTES):
+                yield run
+                run = []
+            run.append(piece)
+    if run:
+        yield run
+
+
+def _divide(part: BlockPart, most_layers: int) -> Iterator[BlockPart]:
+    end = part.first_layer + part.num_layers
+    for first in range(part.first_layer, end, most_layers):
+        yield part._replace(first_layer=first, num_layers=min(most_layers, end - first))
+
+
+def _joins(last: BlockPart, part: BlockPart) -> bool:
+    layers = last.first_layer, last.num_layers
+    return part.block == last.block + 1 and (part.first_layer, part.num_layers) == layers

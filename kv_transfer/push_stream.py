@@ -1,0 +1,129 @@
+"""How do frames leave without the event loop? Threads encode them and write them to streams of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import grpc
+
+from kvrelay import grpc_options
+from kvrelay.kv_transfer.posting import post_to_running_loop
+from kvrelay.kv_transfer.service import SERVICE
+from kvrelay.v1 import kv_transfer_pb2
+
+AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
+"""Called in the event loop for every ack, and with None when a stream is broken."""
+
+_IDLE_S = 10.0
+"""A stream that nothing was sent over for so long is closed: it takes a thread of the receiver."""
+_POLL_S = 0.5
+_JOIN_S = 2.0
+
+
+class Outgoing(Protocol):
+    """Something to send."""
+
+    def encode(self) -> bytes | None:
+        """The frame, made by the thread that sends it; None when it is not to be sent any more."""
+
+
+class PushStreams:
+    """Several streams to one receiver, each over a connection of its own; whichever is free takes the next frame.
+
+    What is queued here are orders, not bytes: each stream holds one frame and what gRPC's flow control lets it write.
+    """
+
+    def __init__(self, address: str, num_streams: int, on_ack: AckHandler) -> None:
+        """Belongs to the running event loop, in which `on_ack` is called."""
+        self.address = address
+        self._on_ack = on_ack
+        self._post = post_to_running_loop()
+        self._orders: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
+        self._closing = False
+        self._calls: set[grpc.Call] = set()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kv-push-{address}-{i}", daemon=True) for i in range(num_streams)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, order: Outgoing) -> None:
+        """Send it as soon as a stream is free."""
+        self._orders.put(order)
+
+    async def close(self) -> None:
+        """End the streams and wait for their threads."""
+        self._closing = True
+        for call in list(self._calls):
+            call.cancel()
+        for _ in self._threads:
+            self._orders.put(None)
+        await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        """One thread: a stream at a time, while there is something to send."""
+        with grpc.insecure_channel(self.address, options=grpc_options.channel_options(own_connection=True)) as channel:
+            push: grpc.StreamStreamMultiCallable[bytes, kv_transfer_pb2.FrameAck] = channel.stream_stream(
+                f"/{SERVICE}/Push",
+                request_serializer=None,
+                response_deserializer=kv_transfer_pb2.FrameAck.FromString,
+            )
+            while (order := self._orders.get()) is not None and not self._closing:
+                stream = _Stream(self._orders, order)
+                call = push(stream.frames())
+                self._calls.add(call)
+                broken = self._read(call)
+                stream.over = True
+                self._calls.discard(call)
+                if broken:
+                    self._post(self._on_ack, None)
+
+    def _read(self, call: Iterator[kv_transfer_pb2.FrameAck]) -> bool:
+        """Pass acks on until the stream ends; returns whether it broke."""
+        try:
+            for ack in call:
+                self._post(self._on_ack, ack)
+        except grpc.RpcError:
+            return True
+        return False
+
+
+class _Stream:
+    """The frames of one call, for gRPC's thread that consumes them."""
+
+    def __init__(self, orders: queue.SimpleQueue[Outgoing | None], first: Outgoing) -> None:
+        self._orders = orders
+        self._first = first
+        self.over = False
+        """Whether the call has ended; gRPC's thread may still wait for the next frame then."""
+
+    def frames(self) -> Iterator[bytes]:
+        order: Outgoing | None = self._first
+        while order is not None:
+            frame = order.encode()
+            if frame is not None:
+                yield frame
+            order = self._next()
+
+    def _next(self) -> Outgoing | None:
+        """The next order, or None when the stream shall end."""
+        waited_s = 0.0
+        while not self.over and waited_s < _IDLE_S:
+            try:
+                order = self._orders.get(timeout=_POLL_S)
+            except queue.Empty:
+                waited_s += _POLL_S
+                continue
+            if self.over or order is None:  # Not ours: for a stream that lives, or for the thread.
+                self._orders.put(order)
+                return None
+            return order
+        return None
