@@ -111,6 +111,16 @@ ListenOption = Annotated[
         "--listen", parser=parse_address, metavar="HOST:PORT", rich_help_panel=NETWORK, help="Port 0 takes a free one."
     ),
 ]
+KvListenOption = Annotated[
+    Address | None,
+    typer.Option(
+        "--kv-listen",
+        parser=parse_address,
+        metavar="HOST:PORT",
+        rich_help_panel=NETWORK,
+        help="Where KV blocks come in. Default: the host of --listen, a free port; name one to open a firewall for it.",
+    ),
+]
 AdvertiseOption = Annotated[
     Address | None,
     typer.Option(

@@ -49,6 +49,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
         engine: opt.EngineOption = opt.EngineKind.VLLM,
         kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
         listen: opt.ListenOption = LOOPBACK,
+        kv_listen: opt.KvListenOption = None,
         advertise: opt.AdvertiseOption = None,
         otlp: opt.OtlpOption = None,
         log_format: opt.LogFormatOption = opt.LogFormat.CONSOLE,
@@ -63,6 +64,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
             engine=engine,
             kv_host_bytes=kv_host_bytes,
             listen=listen,
+            kv_listen=kv_listen,
             advertise=advertised(listen, advertise),
             engine_args=check_engine_options(engine_args),
             otlp=otlp,
@@ -84,6 +86,7 @@ class _WorkerFlags:
     engine: opt.EngineKind
     kv_host_bytes: int
     listen: Address
+    kv_listen: Address | None
     advertise: Address | None
     engine_args: tuple[str, ...]
     otlp: str | None
@@ -94,6 +97,8 @@ class _WorkerFlags:
 def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None:
     check_otlp(flags.otlp)
     check_can_listen("--listen", flags.listen)
+    if flags.kv_listen:
+        check_can_listen("--kv-listen", flags.kv_listen)
     check_etcd(flags.etcd)
     found = find_model(flags.model, flags.served_model_name, flags.engine)
     with process_errors(flags.log_level.value):
@@ -108,6 +113,7 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
             etcd=[str(address) for address in flags.etcd],
             cluster=flags.cluster,
             listen=str(flags.listen),
+            kv_listen=str(flags.kv_listen) if flags.kv_listen else None,
             advertise=str(flags.advertise) if flags.advertise else None,
             engine=EngineChoice(
                 kind=flags.engine.value,

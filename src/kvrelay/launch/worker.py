@@ -52,7 +52,7 @@ class WorkerConfig:
     listen: str = "127.0.0.1:0"
     advertise: str | None = None
     """host:port that others dial; where it listens when None."""
-    push_listen: str | None = None
+    kv_listen: str | None = None
     """host:port where KV blocks come in, on the host that is advertised; a free port when None."""
     engine: EngineChoice
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -129,7 +129,7 @@ async def _server(
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     push_server = PushServer(host.receiver)
-    push_port = push_server.start(config.push_listen or f"{_host_of(config.listen)}:0")
+    push_port = push_server.start(config.kv_listen or f"{_host_of(config.listen)}:0")
     push_address = f"{_host_of(info.address)}:{push_port}"
     kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
     health_servicer = health.aio.HealthServicer()
