@@ -39,6 +39,8 @@ class Arm:
     environment: Mapping[str, str] = field(default_factory=dict)
     block_bytes: Sequence[int]
     """Sizes of the blocks, or of the messages where a transport cuts the bytes as it likes."""
+    optional: bool = False
+    """Whether the benchmark goes on without it."""
 
 
 @dataclass(frozen=True, slots=True)

