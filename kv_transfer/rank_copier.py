@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +48,12 @@ class RankLayout:
         return cls(**json.loads(bytes(header[_LENGTH_BYTES : _LENGTH_BYTES + size])))
 
 
+_Copy = Callable[[Any, Any], None]
+"""(target, source)."""
+_Runs = Callable[[Iterable[tuple[int, int]]], Iterable[tuple[Any, Any]]]
+"""(slot, engine block) -> indices of what is copied at once in the store and in the engine."""
+
+
 class UnsupportedKvCacheError(RuntimeError):
     """The engine's KV cache has a shape that cannot be handed over."""
 
@@ -56,8 +62,8 @@ class RankCopier:
     """Copies rows of bytes: a row is what one rank holds of one block in one layer, `[kv_head, token, K||V]`.
 
     Slots are canonical, `[layer, kv_head, token, K||V]` with all heads, so ranks of different sizes
-    understand each other; a rank's row is one contiguous run of its slot. Copies are one pass over the bytes and
-    over when the call returns.
+    understand each other; a rank's row is one contiguous run of its slot. Copies are one pass over the bytes. On a CPU
+    they are over when the call returns; on a GPU they are in the current stream then.
     """
 
     def __init__(
@@ -96,8 +102,11 @@ class RankCopier:
         if first.device.type == "cpu":
             # numpy takes 0.4 us a row beyond the copy, torch 5; a row of a small model is copied in 2 us.
             self._engine = [layer.numpy() for layer in self._engine]
+            self._copy: _Copy = _copy_array
+            self._runs: _Runs = _runs
         else:
             self._store = [torch.from_numpy(layer) for layer in self._store]
+            self._copy, self._runs = _copy_tensor, _rows
 
     def populate(self) -> None:
         """Give every slot its memory now: a page's first write takes ten times as long as any other.
@@ -105,22 +114,44 @@ class RankCopier:
         A kernel that cannot do it leaves it to the first writes.
         """
         madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(self._slots.ctypes.data), ctypes.c_size_t(self._slots.nbytes), _MADV_POPULATE_WRITE)
+        madvise(ctypes.c_void_p(self.pool_address), ctypes.c_size_t(self.pool_bytes), _MADV_POPULATE_WRITE)
+
+    @property
+    def pool_address(self) -> int:
+        """Where the slots are in this process."""
+        return int(self._slots.ctypes.data)
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._slots.nbytes
 
     def load(self, copies: Iterable[tuple[int, int]]) -> None:
         """Store -> engine for every (slot, engine block)."""
-        runs = list(_runs(copies))
+        runs = list(self._runs(copies))
         for store, engine in zip(self._store, self._engine, strict=True):
             for slots, blocks in runs:
-                engine[blocks] = store[slots]
+                self._copy(engine[blocks], store[slots])
 
     def save(self, copies: Iterable[tuple[int, int]], layers: range | None = None) -> None:
         """Engine -> store for every (slot, engine block), in some of the layers or all."""
-        runs = list(_runs(copies))
+        runs = list(self._runs(copies))
         for layer in layers or range(len(self._engine)):
             store, engine = self._store[layer], self._engine[layer]
             for slots, blocks in runs:
-                store[slots] = engine[blocks]
+                self._copy(store[slots], engine[blocks])
+
+
+def _copy_array(target: Any, source: Any) -> None:
+    target[...] = source
+
+
+def _copy_tensor(target: Any, source: Any) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _rows(copies: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """One by one: torch copies what is not contiguous through temporaries, and waits for them."""
+    return copies
 
 
 def _runs(copies: Iterable[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvrelay.kv_transfer.connector_plan import ConnectorPlan, Copies
+from kvrelay.kv_transfer.copy_reports import CopyReports, CudaCopyReports
 from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, GrantReader, RankReport, ReportWriter
 from kvrelay.kv_transfer.layer_groups import LayerGroups
 from kvrelay.kv_transfer.rank_copier import RankCopier
@@ -55,7 +56,8 @@ class KvRelayConnector(KVConnectorBase_V1):
             self._grants = GrantReader(extra["grant_path"])
         else:
             self._segment = Segment.open(extra["segment_path"])
-            self._reports = ReportWriter(extra["report_path"])
+            self._writer = ReportWriter(extra["report_path"])
+            self._reports = CopyReports(self._writer)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -118,6 +120,8 @@ class KvRelayConnector(KVConnectorBase_V1):
             model.get_total_num_kv_heads(),
         )
         self._copier.populate()
+        if next(iter(kv_caches.values())).is_cuda:
+            self._reports = CudaCopyReports(self._writer, self._copier.pool_address, self._copier.pool_bytes)
         num_groups = _num_layer_groups(self._kv_transfer_config.kv_connector_extra_config)
         # Of two half batches the first one's layers come before the second is computed.
         self._groups = LayerGroups(kv_caches, 1 if parallel.use_ubatching else num_groups)
@@ -125,10 +129,10 @@ class KvRelayConnector(KVConnectorBase_V1):
             self._copier.layout.write(self._segment.header)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Called first in every step. Copies are over when their call returns, so what is closed is closed now."""
+        """Called first in every step: what is closed has no copies after those so far."""
         assert isinstance(kv_connector_metadata, StepCopies)
         closed = kv_connector_metadata.copies.closed
-        self._reports.write(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in closed)
+        self._reports.report(RankReport(CLOSED, self._rank, ticket, 0, 0) for ticket in closed)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Called before the forward pass; `start_load_kv` comes after it when there is nothing to load."""
@@ -138,10 +142,10 @@ class KvRelayConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         copies = self._copies()
         self._copier.load(copies.loads)
-        self._reports.write(RankReport(LOADED, self._rank, ticket, count, 0) for ticket, count in copies.loaded)
+        self._reports.report(RankReport(LOADED, self._rank, ticket, count, 0) for ticket, count in copies.loaded)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are over before the forward pass starts."""
+        """Loads come before the forward pass, in its own stream."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
@@ -152,12 +156,14 @@ class KvRelayConnector(KVConnectorBase_V1):
         copies = self._copies()
         self._save(self._groups.rest(), copies.streamed)
         self._save(range(self._copier.layout.num_layers), copies.saves)
+        self._reports.fence()
 
     def _save(self, layers: range, saves: Sequence[tuple[int, int, int, int]]) -> None:
         if not layers or not saves:
             return
-        self._copier.save(((slot, block) for slot, block, _, _ in saves), layers)
-        self._reports.write(
+        with self._reports.saving():
+            self._copier.save(((slot, block) for slot, block, _, _ in saves), layers)
+        self._reports.report(
             RankReport(SAVED, self._rank, ticket, index, slot, layers.start, len(layers))
             for slot, _, ticket, index in saves
         )
