@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -47,7 +47,9 @@ class BlockStore:
     hand out a duty each: a reserved or granted slot ends by `commit` or `release`, a pin by `unpin`.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, on_taken: Callable[[int], object] = lambda _: None) -> None:
+        """`on_taken` is called with every slot that is handed out, before anybody can write to it."""
+        self._on_taken = on_taken
         self._state = [SlotState.FREE] * num_slots
         self._pins = [0] * num_slots
         self._hash: list[bytes | None] = [None] * num_slots
@@ -109,6 +111,7 @@ class BlockStore:
         while len(taken) < count and (self._free or self._evictable):
             slot = self._free.pop() if self._free else self._evict()
             self._state[slot] = state
+            self._on_taken(slot)
             taken.append(slot)
         if state is SlotState.RESERVED:
             self._num_reserved += len(taken)

@@ -1,4 +1,4 @@
-"""What must be sent, until it is acknowledged: consecutive blocks with the same layers, a frame's worth."""
+"""What must be sent, until it is acknowledged: consecutive blocks with the same layers, a message's worth."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
+from kvrelay.v1.kv_transfer_pb2 import LocalRun
 
 
 class FrameOrder:
@@ -57,12 +58,35 @@ class FrameOrder:
             self._dropped = True
 
 
-def cut(parts: Sequence[BlockPart], layer_bytes: int) -> Iterator[list[BlockPart]]:
-    """Into lists for a frame each: neighbours with the same layers are joined, large parts are divided by layers."""
+class LocalOrder(FrameOrder):
+    """For a receiver on the same machine: the message says where the blocks are, their bytes stay.
+
+    The receiver may still read the slots after `drop`; it learns from their generations that it must not use them.
+    """
+
+    def encode(self) -> bytes | None:
+        with self._lock:
+            if self._dropped:
+                return None
+            first = self.parts[0]
+            slots = [part.slot for part in self.parts]
+            run = LocalRun(
+                transfer_id=self._transfer_id,
+                first_block=first.block,
+                first_layer=first.first_layer,
+                num_layers=first.num_layers,
+                slots=slots,
+                generations=[self._segment.generation(slot) for slot in slots],
+            )
+            return run.SerializeToString()
+
+
+def cut(parts: Sequence[BlockPart], layer_bytes: int, *, joined_bytes: int = FRAME_BYTES) -> Iterator[list[BlockPart]]:
+    """Into lists for a message each: neighbours with the same layers are joined, large parts are divided by layers."""
     run: list[BlockPart] = []
     for part in parts:
         for piece in _divide(part, max(1, MAX_PAYLOAD_BYTES // layer_bytes)):
-            if run and not (_joins(run[-1], piece) and (len(run) + 1) * piece.num_layers * layer_bytes <= FRAME_BYTES):
+            if run and not (_joins(run[-1], piece) and (len(run) + 1) * piece.num_layers * layer_bytes <= joined_bytes):
                 yield run
                 run = []
             run.append(piece)

@@ -45,21 +45,18 @@ class Peer:
             request_serializer=kv_transfer_pb2.CommitRequest.SerializeToString,
             response_deserializer=kv_transfer_pb2.CommitResponse.FromString,
         )
-        self._streams: PushStreams | None = None
+        self._streams: dict[tuple[str, str], PushStreams] = {}
+        """By address and method."""
         self._handlers: dict[int, AckHandler] = {}
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
         """Raises `PeerError` and `LayoutRefusedError`."""
         try:
-            want = await self._offer(request, timeout=_RPC_TIMEOUT_S)
+            return await self._offer(request, timeout=_RPC_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LayoutRefusedError(error.details()) from error
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
-        if self._streams is None or self._streams.address != want.push_address:
-            await self._close_streams()
-            self._streams = PushStreams(want.push_address, self._num_streams, self._on_ack)
-        return want
 
     async def commit(self, transfer_id: int) -> int:
         """Returns how many wanted blocks did not arrive. Raises `PeerError`."""
@@ -82,10 +79,12 @@ class Peer:
     def num_transfers(self) -> int:
         return len(self._handlers)
 
-    def send(self, order: Outgoing) -> None:
-        """Have it sent, after an `offer`."""
-        assert self._streams is not None
-        self._streams.put(order)
+    def send(self, want: kv_transfer_pb2.Want, order: Outgoing) -> None:
+        """Have it sent the way that the answer to the offer says."""
+        key = want.push_address, "Copy" if want.local else "Push"
+        if key not in self._streams:
+            self._streams[key] = PushStreams(*key, self._num_streams, self._on_ack)
+        self._streams[key].put(order)
 
     def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
@@ -94,14 +93,11 @@ class Peer:
         elif ack.transfer_id in self._handlers:
             self._handlers[ack.transfer_id](ack)
 
-    async def _close_streams(self) -> None:
-        if self._streams is not None:
-            streams, self._streams = self._streams, None
-            await streams.close()
-
     async def close(self) -> None:
         """Close streams and channel."""
-        await self._close_streams()
+        for streams in self._streams.values():
+            await streams.close()
+        self._streams.clear()
         await self._channel.close()
 
 

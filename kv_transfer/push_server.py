@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -33,12 +35,19 @@ class PushServer:
         """Serve at `listen` (host:port, 0 for a free one); returns the port. Raises `OSError` when it is taken."""
         threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="kv-push")
         self._server = grpc.server(threads, options=grpc_options.server_options(), maximum_concurrent_rpcs=MAX_STREAMS)
-        handler = grpc.stream_stream_rpc_method_handler(
-            self.push,
-            request_deserializer=bytes,
-            response_serializer=kv_transfer_pb2.FrameAck.SerializeToString,
-        )
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Push": handler}),))
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Push": grpc.stream_stream_rpc_method_handler(
+                self.push,
+                request_deserializer=bytes,
+                response_serializer=kv_transfer_pb2.FrameAck.SerializeToString,
+            ),
+            "Copy": grpc.stream_stream_rpc_method_handler(
+                self.copy,
+                request_deserializer=kv_transfer_pb2.LocalRun.FromString,
+                response_serializer=kv_transfer_pb2.FrameAck.SerializeToString,
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
             port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
@@ -54,15 +63,13 @@ class PushServer:
 
     def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[kv_transfer_pb2.FrameAck]:
         """See kv_transfer.proto. In a thread of its own."""
-        unfinished: set[int] = set()
-        half_closed = False
-        try:
+        with self._stream() as transfer_ids:
             for data in frames:
                 try:
                     header, payload = decode_frame(data)
                 except FrameError as error:
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                unfinished.add(header.transfer_id)
+                transfer_ids.add(header.transfer_id)
                 yield kv_transfer_pb2.FrameAck(
                     transfer_id=header.transfer_id,
                     first_block=header.first_block,
@@ -71,7 +78,29 @@ class PushServer:
                     num_layers=header.num_layers,
                     status=self._receiver.place(header, payload),
                 )
-            half_closed = True
-        finally:
-            if not half_closed:
-                self._receiver.stream_broke(unfinished)
+
+    def copy(
+        self, runs: Iterator[kv_transfer_pb2.LocalRun], context: grpc.ServicerContext
+    ) -> Iterator[kv_transfer_pb2.FrameAck]:
+        """See kv_transfer.proto. In a thread of its own."""
+        with self._stream() as transfer_ids:
+            for run in runs:
+                transfer_ids.add(run.transfer_id)
+                yield kv_transfer_pb2.FrameAck(
+                    transfer_id=run.transfer_id,
+                    first_block=run.first_block,
+                    num_blocks=len(run.slots),
+                    first_layer=run.first_layer,
+                    num_layers=run.num_layers,
+                    status=self._receiver.copy(run),
+                )
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[set[int]]:
+        """Collects the transfers of one stream, which end with it unless the sender has ended it in order."""
+        transfer_ids: set[int] = set()
+        try:
+            yield transfer_ids
+        except BaseException:
+            self._receiver.stream_broke(transfer_ids)
+            raise

@@ -28,7 +28,7 @@ class Outgoing(Protocol):
     """Something to send."""
 
     def encode(self) -> bytes | None:
-        """The frame, made by the thread that sends it; None when it is not to be sent any more."""
+        """The message, made by the thread that sends it; None when it is not to be sent any more."""
 
 
 class PushStreams:
@@ -37,16 +37,18 @@ class PushStreams:
     What is queued here are orders, not bytes: each stream holds one frame and what gRPC's flow control lets it write.
     """
 
-    def __init__(self, address: str, num_streams: int, on_ack: AckHandler) -> None:
-        """Belongs to the running event loop, in which `on_ack` is called."""
+    def __init__(self, address: str, method: str, num_streams: int, on_ack: AckHandler) -> None:
+        """`method`: "Push" or "Copy"; the orders fit it. `on_ack` is called in the event loop that runs now."""
         self.address = address
+        self._method = method
         self._on_ack = on_ack
         self._post = post_to_running_loop()
         self._orders: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._closing = False
         self._calls: set[grpc.Call] = set()
         self._threads = [
-            threading.Thread(target=self._run, name=f"kv-push-{address}-{i}", daemon=True) for i in range(num_streams)
+            threading.Thread(target=self._run, name=f"kv-{method}-{address}-{i}", daemon=True)
+            for i in range(num_streams)
         ]
         for thread in self._threads:
             thread.start()
@@ -72,7 +74,7 @@ class PushStreams:
         """One thread: a stream at a time, while there is something to send."""
         with grpc.insecure_channel(self.address, options=grpc_options.channel_options(own_connection=True)) as channel:
             push: grpc.StreamStreamMultiCallable[bytes, kv_transfer_pb2.FrameAck] = channel.stream_stream(
-                f"/{SERVICE}/Push",
+                f"/{SERVICE}/{self._method}",
                 request_serializer=None,
                 response_deserializer=kv_transfer_pb2.FrameAck.FromString,
             )

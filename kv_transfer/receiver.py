@@ -12,11 +12,12 @@ from typing import Any
 
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
+from kvrelay.kv_transfer.neighbours import Neighbours
 from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FrameHeader, checksum
 from kvrelay.v1 import cluster_pb2
-from kvrelay.v1.kv_transfer_pb2 import FrameAck
+from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
 MAX_OFFERED_BLOCKS = 1 << 20
 _MAX_REMEMBERED = 1 << 14
@@ -39,6 +40,8 @@ class Transfer:
     request_id: str
     hashes: Sequence[bytes]
     deadline_s: float
+    source: bytes
+    """The proof of the sender's segment, if that is on this machine."""
     landing: Landing
     slots: dict[int, int]
     """Reserved slots of the blocks that are not complete, by index in the offer."""
@@ -88,10 +91,19 @@ class Receiver:
         self._by_request: dict[str, Transfer] = {}
         self._waiters: dict[str, list[asyncio.Event]] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
+        self.neighbours = Neighbours(clock=clock)
         self._all_layers = (1 << layout.num_layers) - 1
 
-    def offer(self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes) -> tuple[int, list[int]]:
+    def meet(self, local: LocalSegment) -> bool:
+        """Whether this sender's blocks can be copied from its memory."""
+        return self.neighbours.meet(local, self._segment.slot_bytes)
+
+    def offer(
+        self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes, *, source: bytes = b""
+    ) -> tuple[int, list[int]]:
         """Reserve slots for what is missing; returns the transfer's id and the indices of the wanted blocks.
+
+        `source` names the segment of `neighbours` that the blocks may be copied from.
 
         Fewer blocks than are missing are wanted when the store is full, and none for a request that is over or has
         started without them. Raises `OfferError`.
@@ -116,7 +128,7 @@ class Receiver:
         slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
         landing = Landing(self._segment, dict(slots), self._layer_bytes)
         deadline_s = self._clock() + self._hold_s
-        transfer = Transfer(self._new_id(), request_id, hashes, deadline_s, landing, slots, pinned=present)
+        transfer = Transfer(self._new_id(), request_id, hashes, deadline_s, source, landing, slots, pinned=present)
         self._transfers[transfer.transfer_id] = transfer
         self._by_request[request_id] = transfer
         wanted = list(transfer.slots)
@@ -135,6 +147,21 @@ class Receiver:
             return FrameAck.STATUS_CORRUPT
         size = header.num_layers * self._layer_bytes
         return self._land(transfer, header, [payload[i * size : (i + 1) * size] for i in range(header.num_blocks)])
+
+    def copy(self, run: LocalRun) -> FrameAck.Status.ValueType:
+        """Copy a run from the segment of a sender on this machine into its slots. Any thread."""
+        transfer = self._transfers.get(run.transfer_id)
+        if transfer is None or (source := self.neighbours.segment(transfer.source)) is None:
+            return FrameAck.STATUS_STALE
+        header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers, 0)
+        if not self._fits(header, transfer) or len(run.generations) != len(run.slots):
+            return FrameAck.STATUS_REFUSED
+        if max(run.slots) >= source.num_slots:
+            return FrameAck.STATUS_REFUSED
+        offset, size = run.first_layer * self._layer_bytes, run.num_layers * self._layer_bytes
+        blocks = [source.slot_view(slot, offset, size) for slot in run.slots]
+        expected = list(run.generations)
+        return self._land(transfer, header, blocks, lambda: [source.generation(slot) for slot in run.slots] == expected)
 
     def _land(
         self,
@@ -255,7 +282,8 @@ class Receiver:
             self._over.popitem(last=False)
 
     def expire(self) -> int:
-        """Cancel what nobody has fed or waited for within the hold time; returns how many."""
+        """Cancel what nobody has fed or waited for within the hold time; returns how many. Unmap senders that left."""
+        self.neighbours.expire()
         now = self._clock()
         late = [
             t.request_id for t in self._transfers.values() if t.deadline_s < now and t.request_id not in self._waiters

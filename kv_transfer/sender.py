@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
-from kvrelay.kv_transfer.frame_order import FrameOrder, cut
+from kvrelay.kv_transfer.frame_order import FrameOrder, LocalOrder, cut
 from kvrelay.kv_transfer.peer import Peer, PeerError
 from kvrelay.kv_transfer.segment import Segment
+from kvrelay.kv_transfer.wire import FRAME_BYTES
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
 _ACK_TIMEOUT_S = 30.0
+_LOCAL_RUN_BYTES = 16 << 20
+"""What one message has copied on the same machine: some milliseconds, so that streams share the work."""
 
 
 @dataclass(slots=True)
@@ -94,7 +98,7 @@ class Push:
     async def _run(self) -> None:
         want = await self._peer.offer(self._offer)
         wanted = frozenset(want.blocks)
-        with self._peer.acks(want.transfer_id, self._on_ack):
+        with self._peer.acks(want.transfer_id, partial(self._on_ack, want)):
             finished = False
             while not (finished or self._over):
                 parts, finished = await self._next_parts()
@@ -118,17 +122,18 @@ class Push:
         return parts, True
 
     def _send(self, want: kv_transfer_pb2.Want, parts: Sequence[BlockPart]) -> None:
-        for run in cut(parts, self._layer_bytes):
-            order = FrameOrder(self._segment, self._layer_bytes, want.transfer_id, run)
+        make, joined_bytes = (LocalOrder, _LOCAL_RUN_BYTES) if want.local else (FrameOrder, FRAME_BYTES)
+        for run in cut(parts, self._layer_bytes, joined_bytes=joined_bytes):
+            order = make(self._segment, self._layer_bytes, want.transfer_id, run)
             self._store.pin(part.slot for part in run)
             self._orders[order.key] = order
-            self._put(order)
+            self._put(want, order)
 
-    def _put(self, order: FrameOrder) -> None:
+    def _put(self, want: kv_transfer_pb2.Want, order: FrameOrder) -> None:
         self.result.num_bytes += order.num_bytes
-        self._peer.send(order)
+        self._peer.send(want, order)
 
-    def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
+    def _on_ack(self, want: kv_transfer_pb2.Want, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
             self._end(f"the stream to {self._peer.address} broke")
             return
@@ -144,7 +149,7 @@ class Push:
         elif ack.status == FrameAck.STATUS_CORRUPT and not order.was_resent:
             order.was_resent = True
             self.result.num_resent_frames += 1
-            self._put(order)
+            self._put(want, order)
         else:
             self._end(f"{self._peer.address} answered {FrameAck.Status.Name(ack.status)}")
         self._progress.set()

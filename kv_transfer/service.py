@@ -24,13 +24,22 @@ class KvTransferService:
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: _Context) -> kv_transfer_pb2.Want:
         """See kv_transfer.proto."""
+        receiver = self._receiver
+        local = receiver.meet(request.local)
         try:
-            transfer_id, blocks = self._receiver.offer(request.request_id, request.layout, request.block_hashes)
+            transfer_id, blocks = receiver.offer(
+                request.request_id,
+                request.layout,
+                request.block_hashes,
+                source=request.local.proof if local else b"",
+            )
         except LayoutMismatchError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except OfferError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        return kv_transfer_pb2.Want(transfer_id=transfer_id, blocks=blocks, push_address=self._push_address)
+        return kv_transfer_pb2.Want(
+            transfer_id=transfer_id, blocks=blocks, push_address=self._push_address, local=local
+        )
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:
         """See kv_transfer.proto."""

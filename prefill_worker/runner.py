@@ -65,6 +65,7 @@ class PrefillRole:
             layout=host.info.layout,
             block_hashes=b"".join(hashes),
             trace=span.context,
+            local=host.local_segment,
         )
         return Push(host.peers.get(request.decode_address), host.segment, offer, host.store)
 

@@ -16,7 +16,7 @@ from kvrelay.kv_transfer.peer import Peer, Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
@@ -48,9 +48,9 @@ class Side:
 
     def __init__(self, num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None) -> None:
         self.layout = layout or make_layout()
-        self.segment = Segment.create(HEADER_BYTES + num_slots * SLOT_BYTES)
+        self.segment = Segment.create(size_for(num_slots, SLOT_BYTES))
         self.segment.configure(SLOT_BYTES)
-        self.store = BlockStore(num_slots)
+        self.store = BlockStore(num_slots, on_taken=self.segment.begin_generation)
         self.receiver = Receiver(self.store, self.segment, self.layout, post=post_to_running_loop())
 
     def put(self, numbers: Sequence[int]) -> list[int]:
@@ -87,14 +87,16 @@ def side(num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None)
         made.segment.close()
 
 
-def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int]) -> Push:
-    """A push of these blocks, none of them ready yet."""
+def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int], *, local: bool = False) -> Push:
+    """A push of these blocks, none of them ready yet; with `local` the peer may copy them from our memory."""
     offer = kv_transfer_pb2.OfferRequest(
         request_id=request_id,
         sender_id="sender",
         layout=sender.layout,
         block_hashes=b"".join(map(block_name, numbers)),
     )
+    if local:
+        offer.local.path, offer.local.proof = sender.segment.path, sender.segment.proof
     return Push(peer, sender.segment, offer, sender.store)
 
 

@@ -16,7 +16,7 @@ from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
-from kvrelay.kv_transfer.segment import HEADER_BYTES
+from kvrelay.kv_transfer.segment import size_for
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
@@ -135,7 +135,7 @@ async def open_node(
     """Run a worker that can do both jobs; it must be idle at the end, with all its slots accounted for."""
     steps = Gate()
     engine = SimulatedEngine(config, sleep=steps.pass_through)
-    store = StoreConfig(size_bytes=HEADER_BYTES + num_slots * config.block_bytes, transfer_hold_s=hold_s)
+    store = StoreConfig(size_bytes=size_for(num_slots, config.block_bytes), transfer_hold_s=hold_s)
     async with open_host(engine, store, Tracing()) as host:
         server = grpc.aio.server(options=server_options())
         kv = GatedKvService(host.receiver)

@@ -30,6 +30,7 @@ class OfferRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     sender_id: _builtins.str
     block_hashes: _builtins.bytes
@@ -38,6 +39,10 @@ class OfferRequest(_message.Message):
     def layout(self) -> _cluster_pb2.KvLayout: ...
     @_builtins.property
     def trace(self) -> _common_pb2.TraceContext: ...
+    @_builtins.property
+    def local(self) -> Global___LocalSegment:
+        """Unset when the sender does not want its memory to be mapped."""
+
     def __init__(
         self,
         *,
@@ -46,14 +51,41 @@ class OfferRequest(_message.Message):
         layout: _cluster_pb2.KvLayout | None = ...,
         block_hashes: _builtins.bytes = ...,
         trace: _common_pb2.TraceContext | None = ...,
+        local: Global___LocalSegment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "local", b"local", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "layout", b"layout", "request_id", b"request_id", "sender_id", b"sender_id", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "layout", b"layout", "local", b"local", "request_id", b"request_id", "sender_id", b"sender_id", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OfferRequest: _TypeAlias = OfferRequest  # noqa: Y015
+
+@_typing.final
+class LocalSegment(_message.Message):
+    """Shared memory of the sender, for a receiver that can open it and finds the proof in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """/proc/<pid>/fd/<number> of the sender."""
+    proof: _builtins.bytes
+    """What the segment holds at its place for it, 16 random bytes: equal paths on two machines are not the same."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalSegment: _TypeAlias = LocalSegment  # noqa: Y015
 
 @_typing.final
 class Want(_message.Message):
@@ -62,10 +94,13 @@ class Want(_message.Message):
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """Names the reservation; never used twice by one receiver."""
     push_address: _builtins.str
     """host:port where Push is served."""
+    local: _builtins.bool
+    """The receiver has mapped the sender's segment: blocks come by Copy, not by Push."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into the offer's hashes, ascending."""
@@ -76,10 +111,11 @@ class Want(_message.Message):
         transfer_id: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         push_address: _builtins.str = ...,
+        local: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -126,6 +162,48 @@ class Frame(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Frame: _TypeAlias = Frame  # noqa: Y015
+
+@_typing.final
+class LocalRun(_message.Message):
+    """A run of blocks that are ready in the sender's segment, like a Frame."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.int
+    first_block: _builtins.int
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each block."""
+
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each slot, before the copy. After it they must be the same, or the slot was given to another block meanwhile."""
+
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.int = ...,
+        first_block: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        generations: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "generations", b"generations", "num_layers", b"num_layers", "slots", b"slots", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalRun: _TypeAlias = LocalRun  # noqa: Y015
 
 @_typing.final
 class FrameAck(_message.Message):

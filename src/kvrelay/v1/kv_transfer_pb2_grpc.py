@@ -52,6 +52,11 @@ class KvTransferStub(object):
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
                 _registered_method=True)
+        self.Copy = channel.stream_stream(
+                '/kvrelay.v1.KvTransfer/Copy',
+                request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/kvrelay.v1.KvTransfer/Commit',
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
@@ -87,6 +92,13 @@ class KvTransferServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Copy(self, request_iterator, context):
+        """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Commit(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -104,6 +116,11 @@ def add_KvTransferServicer_to_server(servicer, server):
             'Push': grpc.stream_stream_rpc_method_handler(
                     servicer.Push,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.SerializeToString,
+            ),
+            'Copy': grpc.stream_stream_rpc_method_handler(
+                    servicer.Copy,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
@@ -173,6 +190,33 @@ class KvTransfer(object):
             target,
             '/kvrelay.v1.KvTransfer/Push',
             kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.SerializeToString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Copy(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvrelay.v1.KvTransfer/Copy',
+            kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
             kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
             options,
             channel_credentials,

@@ -49,6 +49,8 @@ class KvTransferStub:
     A stream that breaks ends the transfers that it carried; one that is half-closed does not.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
+    Copy: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAck]
+    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
 
 @_typing.type_check_only
@@ -72,6 +74,8 @@ class KvTransferAsyncStub(KvTransferStub):
     A stream that breaks ends the transfers that it carried; one that is half-closed does not.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
+    Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAck]  # type: ignore[assignment]
+    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
@@ -104,6 +108,14 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         A stream that breaks ends the transfers that it carried; one that is half-closed does not.
         Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
+
+    @_abc_1.abstractmethod
+    def Copy(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.LocalRun],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAck], _abc.AsyncIterator[_kv_transfer_pb2.FrameAck]]:
+        """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
 
     @_abc_1.abstractmethod
     def Commit(

@@ -19,7 +19,7 @@ from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
-from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up
@@ -36,6 +36,8 @@ class StoreConfig:
     size_bytes: int = 2 << 30
     max_granted_blocks: int = 64
     """Slots lent to the engine for blocks of generated tokens; an eighth of the store at most."""
+    share_memory: bool = True
+    """Whether workers on the same machine may map the store and copy from it."""
     transfer_hold_s: float = 60.0
     """How long received blocks are held for a request that does not come."""
 
@@ -50,7 +52,7 @@ class WorkerHost:
         self.segment = segment
         self.peers = peers
         self.tracing = tracing
-        self.store = BlockStore(segment.num_slots)
+        self.store = BlockStore(segment.num_slots, on_taken=segment.begin_generation)
         self.receiver = Receiver(
             self.store,
             segment,
@@ -58,6 +60,9 @@ class WorkerHost:
             hold_s=config.transfer_hold_s,
             post=post_to_running_loop(),
         )
+        self.local_segment: kv_transfer_pb2.LocalSegment | None = None
+        if config.share_memory:
+            self.local_segment = kv_transfer_pb2.LocalSegment(path=segment.path, proof=segment.proof)
         self.counters: Counter[str] = Counter()
         self.block_size = info.layout.block_size_tokens
         self._engine = engine

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrelay.kv_transfer.rank_copier import RankCopier, RankLayout, UnsupportedKvCacheError
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment, size_for
 
 LAYERS, BLOCKS, HEADS, TOKENS, ELEMENTS = 3, 8, 4, 2, 6
 SLOT_BYTES = LAYERS * HEADS * TOKENS * ELEMENTS * 2
@@ -17,7 +17,7 @@ NUM_SLOTS = 10
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(HEADER_BYTES + NUM_SLOTS * SLOT_BYTES)
+    segment = Segment.create(size_for(NUM_SLOTS, SLOT_BYTES))
     yield segment
     segment.close()
 

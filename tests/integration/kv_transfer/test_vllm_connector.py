@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from kvrelay.kv_transfer.connector_plan import Copies
 from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, Pipe, RankReport, ReportReader
 from kvrelay.kv_transfer.rank_copier import RankLayout
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.vllm_connector import KvRelayConnector, StepCopies
 
 LAYERS, BLOCKS, HEADS, TOKENS, ELEMENTS = 5, 6, 2, 4, 8
@@ -61,7 +61,7 @@ class Rank:
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(HEADER_BYTES + 8 * LAYERS * LAYER_BYTES)
+    segment = Segment.create(size_for(8, LAYERS * LAYER_BYTES))
     yield segment
     segment.close()
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.frame_order import FrameOrder, cut
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, checksum, decode_frame
 
 LAYERS = 8
@@ -61,7 +61,7 @@ def test_nothing_is_lost_or_doubled(blocks: list[int], first: int, layer_bytes: 
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(HEADER_BYTES + 4 * LAYERS * 16)
+    segment = Segment.create(size_for(4, LAYERS * 16))
     segment.configure(LAYERS * 16)
     for slot in range(4):
         segment.slot_view(slot)[:] = bytes(range(slot, slot + LAYERS * 16))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvrelay.kv_transfer.landing import Landing, LandingClosedError, OverlapError
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 
 LAYERS, LAYER_BYTES = 4, 8
 SLOT_BYTES = LAYERS * LAYER_BYTES
@@ -14,7 +14,7 @@ SLOT_BYTES = LAYERS * LAYER_BYTES
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(HEADER_BYTES + 4 * SLOT_BYTES)
+    segment = Segment.create(size_for(4, SLOT_BYTES))
     segment.configure(SLOT_BYTES)
     yield segment
     segment.close()

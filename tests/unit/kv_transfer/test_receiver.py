@@ -13,7 +13,7 @@ from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver, Transfer
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.wire import FrameHeader, checksum, encode_frame
 from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
@@ -80,7 +80,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    segment = Segment.create(HEADER_BYTES + NUM_SLOTS * SLOT_BYTES)
+    segment = Segment.create(size_for(NUM_SLOTS, SLOT_BYTES))
     segment.configure(SLOT_BYTES)
     rig = Rig(segment)
     yield rig

@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import HEADER_BYTES, PROOF_BYTES, Segment, size_for
 
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(HEADER_BYTES + 1000)
+    segment = Segment.create(size_for(10, 100))
     segment.configure(100)
     yield segment
     segment.close()
@@ -52,7 +53,7 @@ def test_slots_do_not_overlap(segment: Segment) -> None:
     for slot in range(10):
         segment.slot_view(slot)[:] = bytes([slot]) * 100
     assert bytes(segment.slots) == b"".join(bytes([slot]) * 100 for slot in range(10))
-    assert bytes(segment.header) == bytes(HEADER_BYTES)
+    assert bytes(segment.header) == bytes(HEADER_BYTES - PROOF_BYTES)
 
 
 @pytest.mark.parametrize(("slot", "offset", "size"), [(-1, 0, 1), (10, 0, 1), (0, -1, 1), (0, 0, 101), (0, 100, 1)])
@@ -79,3 +80,33 @@ def test_close_leaves_no_descriptor_and_may_be_repeated() -> None:
     segment.close()
     segment.close()
     assert not os.path.exists(path)
+
+
+def test_a_generation_is_seen_by_others(segment: Segment) -> None:
+    other = Segment.open_foreign(segment.path, segment.proof)
+    other.configure(100)
+    assert other.generation(9) == 0
+    segment.begin_generation(9)
+    assert (other.generation(9), other.generation(8)) == (1, 0)
+    assert all(bytes(segment.slot_view(slot)) == bytes(100) for slot in range(10)), "the table lies behind the slots"
+
+
+def test_a_foreign_segment_cannot_be_written(segment: Segment) -> None:
+    other = Segment.open_foreign(segment.path, segment.proof)
+    other.configure(100)
+    with pytest.raises(TypeError, match="read-only"):
+        other.slot_view(0)[:] = bytes(100)
+
+
+def test_a_foreign_segment_must_prove_itself(segment: Segment, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another segment"):
+        Segment.open_foreign(segment.path, bytes(PROOF_BYTES))
+    with pytest.raises(ValueError, match="another segment"):
+        Segment.open_foreign(segment.path, b"")
+    for path in ("/etc/passwd", "/proc/1/environ", f"{segment.path}/../1", "/proc/self/fd/0", ""):
+        with pytest.raises(ValueError, match="not the path"):
+            Segment.open_foreign(path, segment.proof)
+    with (tmp_path / "file").open("w+") as file, pytest.raises(ValueError, match="not a segment"):
+        Segment.open_foreign(f"/proc/{os.getpid()}/fd/{file.fileno()}", segment.proof)
+    with pytest.raises(OSError, match="No such file"):
+        Segment.open_foreign(f"/proc/{os.getpid()}/fd/99999", segment.proof)
