@@ -49,7 +49,7 @@ def test_a_second_one_says_where_the_first_is(cluster: LiveCluster) -> None:
 @pytest.mark.parametrize("victim", ["process", "keeper"])
 def test_a_killed_child_is_started_again(cluster: LiveCluster, command: str, name: str, back: str, victim: str) -> None:
     seen = len(cluster.output.read_text())
-    keeper = cluster.process_of(command)
+    keeper = cluster.keeper_of(command)
     (child,) = keeper.children()
     os.kill(keeper.pid if victim == "keeper" else child.pid, signal.SIGKILL)
     text = _wait_output(cluster, back, seen)
@@ -59,7 +59,7 @@ def test_a_killed_child_is_started_again(cluster: LiveCluster, command: str, nam
 
 
 def test_requests_go_on_without_etcd(cluster: LiveCluster) -> None:
-    keeper = cluster.process_of("--name=throw-away")
+    keeper = cluster.keeper_of("--name=throw-away")
     (etcd,) = keeper.children()
     etcd.suspend()
     try:

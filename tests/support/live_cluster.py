@@ -33,10 +33,20 @@ class LiveCluster:
         """Every process below `up`."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def process_of(self, command: str) -> psutil.Process:
-        """The child that runs `kvrelay COMMAND`."""
+    def keeper_of(self, command: str) -> psutil.Process:
+        """The keeper of the process that has the word `command` in its command line."""
         lines = ((child, child.cmdline()) for child in self.children())
-        return next(child for child, line in lines if command in line and "kvrelay.keeper" not in " ".join(line))
+        return next(child for child, line in lines if command in line and _is_keeper(line))
+
+    def process_of(self, command: str) -> psutil.Process:
+        """That process itself."""
+        (process,) = self.keeper_of(command).children()
+        assert not _is_keeper(process.cmdline())
+        return process
+
+
+def _is_keeper(command_line: Sequence[str]) -> bool:
+    return any(word.endswith("/keeper.py") for word in command_line)
 
 
 def free_port_addresses() -> Sequence[str]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -38,6 +38,7 @@ CONFIG = SimulatedConfig(
     layer_groups=2,
     time_scale=0,
 )
+Message = TypeVar("Message")
 BLOCK = CONFIG.block_size_tokens
 
 
@@ -76,12 +77,15 @@ class GatedPushServer(PushServer):
         self._loop = asyncio.get_running_loop()
 
     def push(self, frames: Iterator[bytes], context: Any) -> Iterator[kv_transfer_pb2.FrameAck]:
-        def gated() -> Iterator[bytes]:
-            for frame in frames:
-                asyncio.run_coroutine_threadsafe(self._gate.pass_through(), self._loop).result()
-                yield frame
+        yield from super().push(self._gated(frames), context)
 
-        yield from super().push(gated(), context)
+    def copy(self, runs: Iterator[kv_transfer_pb2.LocalRun], context: Any) -> Iterator[kv_transfer_pb2.FrameAck]:
+        yield from super().copy(self._gated(runs), context)
+
+    def _gated(self, messages: Iterator[Message]) -> Iterator[Message]:
+        for message in messages:
+            asyncio.run_coroutine_threadsafe(self._gate.pass_through(), self._loop).result()
+            yield message
 
 
 class GatedKvService(KvTransferService):
