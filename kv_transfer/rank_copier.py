@@ -48,8 +48,8 @@ class RankLayout:
         return cls(**json.loads(bytes(header[_LENGTH_BYTES : _LENGTH_BYTES + size])))
 
 
-_Copy = Callable[[Any, Any], None]
-"""(target, source)."""
+_Copy = Callable[[Any, Any, Any], None]
+"""(rows, index of the target among them, source)."""
 _Runs = Callable[[Iterable[tuple[int, int]]], Iterable[tuple[Any, Any]]]
 """(slot, engine block) -> indices of what is copied at once in the store and in the engine."""
 
@@ -130,7 +130,7 @@ class RankCopier:
         runs = list(self._runs(copies))
         for store, engine in zip(self._store, self._engine, strict=True):
             for slots, blocks in runs:
-                self._copy(engine[blocks], store[slots])
+                self._copy(engine, blocks, store[slots])
 
     def save(self, copies: Iterable[tuple[int, int]], layers: range | None = None) -> None:
         """Engine -> store for every (slot, engine block), in some of the layers or all."""
@@ -138,15 +138,15 @@ class RankCopier:
         for layer in layers or range(len(self._engine)):
             store, engine = self._store[layer], self._engine[layer]
             for slots, blocks in runs:
-                self._copy(store[slots], engine[blocks])
+                self._copy(store, slots, engine[blocks])
 
 
-def _copy_array(target: Any, source: Any) -> None:
-    target[...] = source
+def _copy_array(rows: Any, index: Any, source: Any) -> None:
+    rows[index] = source
 
 
-def _copy_tensor(target: Any, source: Any) -> None:
-    target.copy_(source, non_blocking=True)
+def _copy_tensor(rows: Any, index: Any, source: Any) -> None:
+    rows[index].copy_(source, non_blocking=True)
 
 
 def _rows(copies: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
@@ -154,18 +154,23 @@ def _rows(copies: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
     return copies
 
 
-def _runs(copies: Iterable[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Join neighbours: (slots, blocks)."""
+def _runs(copies: Iterable[tuple[int, int]]) -> Iterator[tuple[int | slice, int | slice]]:
+    """Join neighbours."""
     start_slot = start_block = count = 0
     for slot, block in copies:
         if count and slot == start_slot + count and block == start_block + count:
             count += 1
             continue
         if count:
-            yield slice(start_slot, start_slot + count), slice(start_block, start_block + count)
+            yield _run(start_slot, count), _run(start_block, count)
         start_slot, start_block, count = slot, block, 1
     if count:
-        yield slice(start_slot, start_slot + count), slice(start_block, start_block + count)
+        yield _run(start_slot, count), _run(start_block, count)
+
+
+def _run(start: int, count: int) -> int | slice:
+    """The faster index of one row is its number."""
+    return slice(start, start + count) if count > 1 else start
 
 
 def _check(kv_caches: Mapping[str, torch.Tensor]) -> None:
