@@ -82,6 +82,8 @@ class Dispatcher:
             self._pool.reserve_sequences(chosen.decode.worker_id, request.request_id, len(request.completions))
             self._start(flow)
         except KvrelayError:
+            for request_id in _ids(flow):  # Some of its messages may be queued already.
+                self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
             raise
 

@@ -29,7 +29,8 @@ class EngineOutputSink:
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
 
-        A delta that vLLM cannot digest fails its own completion only.
+        A delta that contradicts itself fails its own completion; what vLLM's processor raises fails all of the message,
+        because nobody knows how far it came.
         """
         stopped: list[str] = []
         outputs: list[EngineCoreOutput] = []

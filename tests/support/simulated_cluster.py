@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from kvrelay.engine.simulated import SimulatedEngine
 from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer import service as kv_service
+from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
@@ -64,12 +66,15 @@ async def simulated_worker(
         prefill, decode = PrefillRole(host, worker_id), DecodeRole(host)
         service = WorkerService(lambda: info, lambda: host.status(worker_id), prefill, decode)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-        kv_service.add_to_server(KvTransferService(host.receiver), server)
+        push_server = PushServer(host.receiver)
+        push_address = f"127.0.0.1:{push_server.start('127.0.0.1:0')}"
+        kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
         await server.start()
         try:
             yield SimulatedWorker(info, host)
         finally:
             await server.stop(None)
+            await asyncio.to_thread(push_server.stop)
 
 
 @contextlib.asynccontextmanager

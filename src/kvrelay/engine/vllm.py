@@ -34,6 +34,7 @@ from kvrelay.engine.base import (
     KvReport,
     KvReportKind,
 )
+from kvrelay.engine.model_identity import model_identity
 from kvrelay.engine.reports import RankQuorum
 from kvrelay.kv_transfer import vllm_connector
 from kvrelay.kv_transfer.engine_pipes import Pipe, ReportReader, write_grants
@@ -215,7 +216,10 @@ def _start_core(vllm_config: VllmConfig) -> AsyncMPClient:
 def _kv_layout(config: VllmEngineConfig, vllm_config: VllmConfig, rank: RankLayout) -> cluster_pb2.KvLayout:
     model = vllm_config.model_config
     layout = cluster_pb2.KvLayout(
-        model=f"{config.served_model_name}@{model.revision or 'main'}:{model.quantization or 'none'}:{model.dtype}",
+        model=(
+            f"{config.served_model_name}@{model_identity(model.model, model.hf_config)}"
+            f":{model.quantization or 'none'}:{model.dtype}"
+        ),
         dtype=rank.dtype,
         format=rank.format,
         num_layers=rank.num_layers,

@@ -274,6 +274,10 @@ class WorkerHost:
         )
 
 
+async def _fail_with(broken: asyncio.Future[None]) -> None:
+    await broken
+
+
 @asynccontextmanager
 async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> AsyncIterator[WorkerHost]:
     """Start the engine, which may take minutes, and run a host over it; end both at exit.
@@ -281,14 +285,24 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
     An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
     """
     segment = Segment.create(config.size_bytes)
+    broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_kv_reports(reports: Sequence[KvReport]) -> None:
+        """Reports are about submissions, so none comes before the host is there."""
+        try:
+            host.on_kv_reports(reports)
+        except Exception as error:  # Accounts that do not fit the engine's must not go on.
+            if not broken.done():
+                broken.set_exception(error)
+
     try:
-        # Reports are about submissions, so none comes before the host is there.
-        info = await engine.start(segment, lambda reports: host.on_kv_reports(reports))
+        info = await engine.start(segment, on_kv_reports)
         async with asyncio.TaskGroup() as tasks:
             peers = Peers()
             host = WorkerHost(engine, info, segment, peers, config, tracing)
             host.top_up_grants()
             loops = [
+                tasks.create_task(_fail_with(broken), name="kv-reports"),
                 tasks.create_task(host.run(), name="engine-steps"),
                 tasks.create_task(host.run_calls(), name="engine-calls"),
                 tasks.create_task(host.expire(), name="expire"),
