@@ -10,7 +10,7 @@ import torch
 
 from bench.kv_side import BLOCKS, Job, Sender, block_bytes, new_memory
 from kvrelay.kv_transfer.rank_copier import RankCopier
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 
 
 class Memcpy(Sender):
@@ -42,9 +42,8 @@ class StoreToEngine(Sender):
     """`RankCopier.load` from a segment's slots into the paged KV cache of a CPU engine, both in random order."""
 
     def __init__(self, num_bytes: int) -> None:
-        super().__init__(new_memory(0, random=False))
+        super().__init__(new_memory(0, random=False))  # The store is.
         torch.set_num_threads(1)
-        self._num_bytes = num_bytes
         self._block_bytes = 0
         self._cache: list[torch.Tensor] = []
         self._copies: list[tuple[int, int]] = []
@@ -57,7 +56,7 @@ class StoreToEngine(Sender):
         [(layers, heads, tokens, elements)] = [s for s in BLOCKS.values() if block_bytes(s) == job.block_bytes]
         size = (job.num_blocks, heads, tokens, elements)
         self._cache = [torch.ones(size, dtype=torch.bfloat16) for _ in range(layers)]
-        segment = Segment.create(HEADER_BYTES + self._num_bytes)
+        segment = Segment.create(size_for(job.num_blocks, job.block_bytes))
         self._copier = RankCopier(segment, {str(i): layer for i, layer in enumerate(self._cache)}, 0, 1, heads)
         self.memory = np.frombuffer(segment.slots, np.uint8)
         self.memory[:] = new_memory(self.memory.nbytes, random=True)

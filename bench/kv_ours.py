@@ -22,7 +22,7 @@ from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.push_server import PushServer
-from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment
+from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
@@ -48,13 +48,13 @@ def _layout(size: int) -> cluster_pb2.KvLayout:
 
 def new_segment(num_bytes: int, size: int) -> Segment:
     """Room for `num_bytes` in slots of `size` bytes."""
-    segment = Segment.create(HEADER_BYTES + num_bytes)
+    segment = Segment.create(size_for(num_bytes // size, size))
     segment.configure(size)
     return segment
 
 
 class OurSender(Sender):
-    """The blocks are ready when the push begins."""
+    """The blocks are ready when the push begins. `transport`: grpc, or shm when the receiver may map our memory."""
 
     def __init__(self, num_bytes: int, transport: str) -> None:
         super().__init__(new_memory(0, random=False))
@@ -69,14 +69,14 @@ class OurSender(Sender):
         self._loop.run(self._open())
 
     async def _open(self) -> None:
-        self._peers = open_peers(self._transport)
+        self._peers = Peers()
 
     def prepare(self, job: Job) -> None:
         if job.block_bytes not in self._stores:
             segment = new_segment(self._num_bytes, job.block_bytes)
             slots = np.frombuffer(segment.slots, np.uint8)
             slots[:] = new_memory(slots.nbytes, random=True)
-            store = BlockStore(segment.num_slots)
+            store = BlockStore(segment.num_slots, on_taken=segment.begin_generation)
             for slot in store.reserve(segment.num_slots):
                 store.commit(slot, _name(0, 0, slot))
             self._stores[job.block_bytes] = segment, store
@@ -96,6 +96,8 @@ class OurSender(Sender):
                 layout=_layout(job.block_bytes),
                 block_hashes=b"".join(_name(job.stamp, repetition, i) for i in range(job.num_blocks)),
             )
+            if self._transport == "shm":
+                offer.local.path, offer.local.proof = segment.path, segment.proof
             store.pin(range(job.num_blocks))
             began = time.perf_counter()
             push = Push(peer, segment, offer, store)
@@ -110,12 +112,11 @@ class OurSender(Sender):
 
 
 class OurReceiver(Receiver):
-    """Lets go of each transfer when it is complete, so that the next one takes its slots."""
+    """Lets go of each transfer when it is complete, so that the next one takes its slots. `transport`: the sender's."""
 
     def __init__(self, num_bytes: int, transport: str) -> None:
         super().__init__(new_memory(0, random=False))
         self._num_bytes = num_bytes
-        self._transport = transport
         self._sides: dict[int, ReceivingSide] = {}
         self._loop = BackgroundLoop()
         self._loop.run(self._serve())
@@ -123,7 +124,7 @@ class OurReceiver(Receiver):
     async def _serve(self) -> None:
         for size in _SHAPES:
             self._sides[size] = side = ReceivingSide(self._num_bytes, size)
-            await side.serve(self._transport)
+            await side.serve()
 
     def contact(self) -> str:
         return json.dumps({size: side.address for size, side in self._sides.items()})
@@ -147,25 +148,17 @@ class OurReceiver(Receiver):
             yield np.frombuffer(side.segment.slot_view(slot), np.uint8)
 
 
-def open_peers(transport: str) -> Peers:
-    """What a worker sends with, told to use this transport."""
-    assert transport == "grpc"
-    return Peers()
-
-
 class ReceivingSide:
     """What a worker receives with: store, receiver, servers. All in the running event loop."""
 
     def __init__(self, num_bytes: int, size: int) -> None:
         self.segment = new_segment(num_bytes, size)
         np.frombuffer(self.segment.slots, np.uint8)[:] = 0
-        self.store = BlockStore(self.segment.num_slots)
+        self.store = BlockStore(self.segment.num_slots, on_taken=self.segment.begin_generation)
         self.receiver = kv_receiver.Receiver(self.store, self.segment, _layout(size), post=post_to_running_loop())
         self.address = ""
 
-    async def serve(self, transport: str) -> None:
-        """Over this transport."""
-        assert transport == "grpc"
+    async def serve(self) -> None:
         self._push_server = PushServer(self.receiver)
         push_port = self._push_server.start("127.0.0.1:0")
         self._server = grpc.aio.server(options=server_options())
