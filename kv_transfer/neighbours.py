@@ -52,7 +52,10 @@ class Neighbours:
 
     def segment(self, proof: bytes) -> Segment | None:
         """A segment that was met. Any thread."""
-        return self._segments.get(proof)
+        segment = self._segments.get(proof)
+        if segment is not None:
+            self._used_s[proof] = self._clock()
+        return segment
 
     def expire(self) -> None:
         """Unmap what has not been used for a while, and what belonged to a process that is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import grpc
 
@@ -18,6 +19,10 @@ DEFAULT_STREAMS = 2
 
 _RPC_TIMEOUT_S = 10.0
 _IDLE_S = 300.0
+
+
+_Way = tuple[str, str]
+"""Push address and method: what streams are for."""
 
 
 class PeerError(ConnectionError):
@@ -45,18 +50,22 @@ class Peer:
             request_serializer=kv_transfer_pb2.CommitRequest.SerializeToString,
             response_deserializer=kv_transfer_pb2.CommitResponse.FromString,
         )
-        self._streams: dict[tuple[str, str], PushStreams] = {}
-        """By address and method."""
-        self._handlers: dict[int, AckHandler] = {}
+        self._streams: dict[_Way, PushStreams] = {}
+        self._handlers: dict[int, tuple[_Way, AckHandler]] = {}
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
         """Raises `PeerError` and `LayoutRefusedError`."""
         try:
-            return await self._offer(request, timeout=_RPC_TIMEOUT_S)
+            want = await self._offer(request, timeout=_RPC_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LayoutRefusedError(error.details()) from error
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
+        for way in [
+            way for way in self._streams if way[0] != want.push_address
+        ]:
+            await self._streams.pop(way).close()
+        return want
 
     async def commit(self, transfer_id: int) -> int:
         """Returns how many wanted blocks did not arrive. Raises `PeerError`."""
@@ -67,13 +76,13 @@ class Peer:
         return reply.num_missing_blocks
 
     @contextlib.contextmanager
-    def acks(self, transfer_id: int, handler: AckHandler) -> Iterator[None]:
+    def acks(self, want: kv_transfer_pb2.Want, handler: AckHandler) -> Iterator[None]:
         """Within it `handler` gets the transfer's acks."""
-        self._handlers[transfer_id] = handler
+        self._handlers[want.transfer_id] = _way(want), handler
         try:
             yield
         finally:
-            del self._handlers[transfer_id]
+            del self._handlers[want.transfer_id]
 
     @property
     def num_transfers(self) -> int:
@@ -81,17 +90,18 @@ class Peer:
 
     def send(self, want: kv_transfer_pb2.Want, order: Outgoing) -> None:
         """Have it sent the way that the answer to the offer says."""
-        key = want.push_address, "Copy" if want.local else "Push"
-        if key not in self._streams:
-            self._streams[key] = PushStreams(*key, self._num_streams, self._on_ack)
-        self._streams[key].put(order)
+        way = _way(want)
+        if way not in self._streams:
+            self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way))
+        self._streams[way].put(order)
 
-    def _on_ack(self, ack: kv_transfer_pb2.FrameAck | None) -> None:
+    def _on_ack(self, way: _Way, ack: kv_transfer_pb2.FrameAck | None) -> None:
         if ack is None:
-            for handler in list(self._handlers.values()):
-                handler(None)
+            for used, handler in list(self._handlers.values()):
+                if used == way:
+                    handler(None)
         elif ack.transfer_id in self._handlers:
-            self._handlers[ack.transfer_id](ack)
+            self._handlers[ack.transfer_id][1](ack)
 
     async def close(self) -> None:
         """Close streams and channel."""
@@ -99,6 +109,10 @@ class Peer:
             await streams.close()
         self._streams.clear()
         await self._channel.close()
+
+
+def _way(want: kv_transfer_pb2.Want) -> _Way:
+    return want.push_address, "Copy" if want.local else "Push"
 
 
 class Peers:

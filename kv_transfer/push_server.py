@@ -19,6 +19,8 @@ MAX_STREAMS = 256
 """At a time: each takes a thread while it is open, and senders close those that they do not use. More are refused."""
 
 _STOP_S = 2.0
+_MAX_NOTED = 1024
+"""Transfers that a stream remembers before it forgets those that are over."""
 
 
 class PushServer:
@@ -69,7 +71,7 @@ class PushServer:
                     header, payload = decode_frame(data)
                 except FrameError as error:
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                transfer_ids.add(header.transfer_id)
+                self._note(transfer_ids, header.transfer_id)
                 yield kv_transfer_pb2.FrameAck(
                     transfer_id=header.transfer_id,
                     first_block=header.first_block,
@@ -85,7 +87,7 @@ class PushServer:
         """See kv_transfer.proto. In a thread of its own."""
         with self._stream() as transfer_ids:
             for run in runs:
-                transfer_ids.add(run.transfer_id)
+                self._note(transfer_ids, run.transfer_id)
                 yield kv_transfer_pb2.FrameAck(
                     transfer_id=run.transfer_id,
                     first_block=run.first_block,
@@ -94,6 +96,11 @@ class PushServer:
                     num_layers=run.num_layers,
                     status=self._receiver.copy(run),
                 )
+
+    def _note(self, transfer_ids: set[int], transfer_id: int) -> None:
+        if len(transfer_ids) >= _MAX_NOTED:
+            transfer_ids &= self._receiver.open_transfers()
+        transfer_ids.add(transfer_id)
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[set[int]]:

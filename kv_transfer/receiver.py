@@ -219,6 +219,10 @@ class Receiver:
             transfer.pinned.append(self._store.commit(slot, transfer.hashes[index]))
             transfer.received_blocks += 1
 
+    def open_transfers(self) -> set[int]:
+        """Ids of all that have not ended. Any thread."""
+        return set(self._transfers)
+
     def stream_broke(self, transfer_ids: Iterable[int]) -> None:
         """With a stream end the transfers that it carried: whoever waits computes the rest at once. Any thread."""
         for transfer_id in transfer_ids:

@@ -78,9 +78,7 @@ class Push:
         try:
             await self._run()
         except PeerError as error:
-            self.result.error = str(error)
-        except TimeoutError:
-            self.result.error = f"{self._peer.address} took nothing for {_ACK_TIMEOUT_S:.0f} s"
+            self.result.error = self.result.error or str(error)
         finally:
             self.close()
         return self.result
@@ -98,17 +96,24 @@ class Push:
     async def _run(self) -> None:
         want = await self._peer.offer(self._offer)
         wanted = frozenset(want.blocks)
-        with self._peer.acks(want.transfer_id, partial(self._on_ack, want)):
+        with self._peer.acks(want, partial(self._on_ack, want)):
             finished = False
             while not (finished or self._over):
                 parts, finished = await self._next_parts()
                 self._send(want, [part for part in parts if part.block in wanted])
                 self._store.unpin([part.slot for part in parts])
-            while self._orders and not self._over:
-                self._progress.clear()
-                async with asyncio.timeout(_ACK_TIMEOUT_S):
-                    await self._progress.wait()
+            try:
+                await self._all_acknowledged()
+            except TimeoutError:
+                self._end(f"{self._peer.address} took nothing for {_ACK_TIMEOUT_S:.0f} s")
+        # Also after a failure: the peer need not wait any longer.
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
+
+    async def _all_acknowledged(self) -> None:
+        while self._orders and not self._over:
+            self._progress.clear()
+            async with asyncio.timeout(_ACK_TIMEOUT_S):
+                await self._progress.wait()
 
     async def _next_parts(self) -> tuple[list[BlockPart], bool]:
         """Everything that is ready, at least one part unless the input is finished."""

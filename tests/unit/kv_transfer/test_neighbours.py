@@ -63,7 +63,7 @@ def test_who_sends_nothing_for_long_is_forgotten_and_can_come_again() -> None:
     now = 50.0
     neighbours.expire()
     assert neighbours.segment(local.proof) is not None
-    now = 61.0
+    now = 111.0
     neighbours.expire()
     assert neighbours.segment(local.proof) is None
     assert neighbours.meet(local, SLOT_BYTES)
