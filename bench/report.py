@@ -48,7 +48,7 @@ class Spread:
         """Whether a difference of the two lies within the spread of the measurements."""
         return self.low <= other.high and other.low <= self.high
 
-    def text(self, digits: int = 2) -> str:
+    def text(self, digits: int = 3) -> str:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 
 
