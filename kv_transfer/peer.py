@@ -61,9 +61,7 @@ class Peer:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LayoutRefusedError(error.details()) from error
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
-        for way in [
-            way for way in self._streams if way[0] != want.push_address
-        ]:
+        for way in [way for way in self._streams if way[0] != want.push_address]:
             await self._streams.pop(way).close()
         return want
 
