@@ -47,25 +47,32 @@ class Gate:
 
     def __init__(self) -> None:
         self.num_arrived = 0
-        self._open = asyncio.Event()
-        self._open.set()
+        self._is_open = True
+        self._permits = 0
+        self._changed = asyncio.Event()
 
     def shut(self) -> None:
-        self._open.clear()
+        self._is_open = False
 
     def open(self) -> None:
-        self._open.set()
+        self._is_open = True
+        self._changed.set()
 
     async def let_pass(self, number: int) -> None:
         """Let the one pass who comes as number `number`, and nobody after it."""
         await eventually(lambda: self.num_arrived == number)
-        self.open()
-        self.shut()
+        self._permits += 1
+        self._changed.set()
 
     async def pass_through(self, *_: object) -> None:
         self.num_arrived += 1
         await asyncio.sleep(0)
-        await self._open.wait()
+        while not self._is_open:
+            if self._permits:
+                self._permits -= 1
+                return
+            self._changed.clear()
+            await self._changed.wait()
 
 
 class GatedPushServer(PushServer):
