@@ -117,6 +117,7 @@ class BlockStore:
             self._num_reserved += len(taken)
         else:
             self._num_granted += len(taken)
+        taken.sort()  # Neighbours are copied at once.
         return taken
 
     def _evict(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
+from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, encode_frame
 from kvrelay.v1.kv_transfer_pb2 import LocalRun
 
 
@@ -19,6 +19,7 @@ class FrameOrder:
 
     def __init__(self, segment: Segment, layer_bytes: int, transfer_id: int, parts: Sequence[BlockPart]) -> None:
         self.parts = parts
+        self.was_sent = False
         self.was_resent = False
         self._segment = segment
         self._layer_bytes = layer_bytes
@@ -35,17 +36,18 @@ class FrameOrder:
     def num_bytes(self) -> int:
         return len(self.parts) * self.parts[0].num_layers * self._layer_bytes
 
-    def encode(self) -> bytes | None:
+    def encode(self, *, ack_now: bool) -> bytes | None:
         """The frame, or None when it is not wanted any more. Any thread."""
         with self._lock:
             if self._dropped:
                 return None
+            self.was_sent = True
             first = self.parts[0]
             offset, size = first.first_layer * self._layer_bytes, first.num_layers * self._layer_bytes
             views = [self._segment.slot_view(part.slot, offset, size) for part in self.parts]
             try:
                 header = FrameHeader(
-                    self._transfer_id, first.block, len(views), first.first_layer, first.num_layers, checksum(views)
+                    self._transfer_id, first.block, len(views), first.first_layer, first.num_layers, ack_now
                 )
                 return encode_frame(header, views)
             finally:
@@ -64,10 +66,12 @@ class LocalOrder(FrameOrder):
     The receiver may still read the slots after `drop`; it learns from their generations that it must not use them.
     """
 
-    def encode(self) -> bytes | None:
+    def encode(self, *, ack_now: bool) -> bytes | None:
+        """A LocalRun; each is acknowledged at once."""
         with self._lock:
             if self._dropped:
                 return None
+            self.was_sent = True
             first = self.parts[0]
             slots = [part.slot for part in self.parts]
             run = LocalRun(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -41,10 +41,10 @@ class Landing:
         self,
         first_block: int,
         layers: tuple[int, int],
-        blocks: Sequence[Buffer],
+        runs: Sequence[Buffer],
         still_valid: Callable[[], bool] | None = None,
     ) -> list[int] | None:
-        """Copy one buffer a block into the blocks from `first_block`, each the layers `(first, number)`.
+        """Copy the blocks from `first_block`, each the layers `(first, number)`; `runs` hold them one after the other.
 
         Blocks that are not wanted, or that have these layers already, are skipped; returns the others. Returns None,
         with nothing landed, when `still_valid` says after the copy that the source has changed meanwhile. Raises
@@ -52,18 +52,15 @@ class Landing:
         """
         first_layer, num_layers = layers
         bits = ((1 << num_layers) - 1) << first_layer
+        offset, size = first_layer * self._layer_bytes, num_layers * self._layer_bytes
         with self._changed:
             if not self._open:
                 raise LandingClosedError
-            claims = self._claim(first_block, len(blocks), bits)
+            claims = self._claim(first_block, sum(map(len, runs)) // size, bits)
             self._writers += 1
         valid = False
         try:
-            for block in claims:
-                view = self._segment.slot_view(
-                    self._slots[block], first_layer * self._layer_bytes, num_layers * self._layer_bytes
-                )
-                _copy(view, blocks[block - first_block])
+            self._copy(first_block, frozenset(claims), runs, offset, size)
             valid = still_valid is None or still_valid()
         finally:
             with self._changed:
@@ -73,6 +70,25 @@ class Landing:
                 self._writers -= 1
                 self._changed.notify_all()
         return claims if valid else None
+
+    def _copy(self, block: int, claims: Collection[int], runs: Sequence[Buffer], offset: int, size: int) -> None:
+        """Neighbours in both memories at once: copies of more than about a MiB bypass the caches."""
+        whole = size == self._segment.slot_bytes
+        for run in runs:
+            end = block + len(run) // size
+            start = block
+            while block < end:
+                if block not in claims:
+                    block += 1
+                    continue
+                slot, count = self._slots[block], 1
+                while whole and block + count in claims and block + count < end:
+                    if self._slots[block + count] != slot + count:
+                        break
+                    count += 1
+                source = (block - start) * size
+                _copy(self._segment.run_view(slot, offset, count * size), run[source : source + count * size])
+                block += count
 
     def _claim(self, first_block: int, num_blocks: int, bits: int) -> list[int]:
         claims = []

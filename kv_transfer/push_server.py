@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,13 +12,16 @@ import grpc
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.service import SERVICE
-from kvrelay.kv_transfer.wire import FrameError, decode_frame
+from kvrelay.kv_transfer.wire import FrameError, FrameHeader, decode_frame
 from kvrelay.v1 import kv_transfer_pb2
+from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
 MAX_STREAMS = 256
 """At a time: each takes a thread while it is open, and senders close those that they do not use. More are refused."""
 
 _STOP_S = 2.0
+_MAX_UNTOLD = 64
+"""Frames before acks go out unasked."""
 _MAX_NOTED = 1024
 """Transfers that a stream remembers before it forgets those that are over."""
 
@@ -41,12 +44,12 @@ class PushServer:
             "Push": grpc.stream_stream_rpc_method_handler(
                 self.push,
                 request_deserializer=bytes,
-                response_serializer=kv_transfer_pb2.FrameAck.SerializeToString,
+                response_serializer=kv_transfer_pb2.FrameAcks.SerializeToString,
             ),
             "Copy": grpc.stream_stream_rpc_method_handler(
                 self.copy,
                 request_deserializer=kv_transfer_pb2.LocalRun.FromString,
-                response_serializer=kv_transfer_pb2.FrameAck.SerializeToString,
+                response_serializer=kv_transfer_pb2.FrameAcks.SerializeToString,
             ),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -63,39 +66,37 @@ class PushServer:
             self._server.stop(None).wait(_STOP_S)
             self._server = None
 
-    def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[kv_transfer_pb2.FrameAck]:
+    def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[kv_transfer_pb2.FrameAcks]:
         """See kv_transfer.proto. In a thread of its own."""
         with self._stream() as transfer_ids:
+            acks: list[FrameAck] = []
             for data in frames:
                 try:
                     header, payload = decode_frame(data)
                 except FrameError as error:
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                self._note(transfer_ids, header.transfer_id)
-                yield kv_transfer_pb2.FrameAck(
-                    transfer_id=header.transfer_id,
-                    first_block=header.first_block,
-                    num_blocks=header.num_blocks,
-                    first_layer=header.first_layer,
-                    num_layers=header.num_layers,
-                    status=self._receiver.place(header, payload),
-                )
+                if header.num_blocks:
+                    self._note(transfer_ids, header.transfer_id)
+                    acks.append(_ack(header, self._receiver.place(header, payload)))
+                if acks and (header.ack_now or acks[-1].status != FrameAck.STATUS_STORED or len(acks) == _MAX_UNTOLD):
+                    yield self._tell(acks)
+                    acks = []
+            if acks:
+                yield self._tell(acks)
 
     def copy(
         self, runs: Iterator[kv_transfer_pb2.LocalRun], context: grpc.ServicerContext
-    ) -> Iterator[kv_transfer_pb2.FrameAck]:
+    ) -> Iterator[kv_transfer_pb2.FrameAcks]:
         """See kv_transfer.proto. In a thread of its own."""
         with self._stream() as transfer_ids:
             for run in runs:
                 self._note(transfer_ids, run.transfer_id)
-                yield kv_transfer_pb2.FrameAck(
-                    transfer_id=run.transfer_id,
-                    first_block=run.first_block,
-                    num_blocks=len(run.slots),
-                    first_layer=run.first_layer,
-                    num_layers=run.num_layers,
-                    status=self._receiver.copy(run),
-                )
+                header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
+                yield self._tell([_ack(header, self._receiver.copy(run))])
+
+    def _tell(self, acks: Sequence[FrameAck]) -> kv_transfer_pb2.FrameAcks:
+        self._receiver.announce()
+        return kv_transfer_pb2.FrameAcks(acks=acks)
 
     def _note(self, transfer_ids: set[int], transfer_id: int) -> None:
         if len(transfer_ids) >= _MAX_NOTED:
@@ -111,3 +112,14 @@ class PushServer:
         except BaseException:
             self._receiver.stream_broke(transfer_ids)
             raise
+
+
+def _ack(header: FrameHeader, status: FrameAck.Status.ValueType) -> FrameAck:
+    return FrameAck(
+        transfer_id=header.transfer_id,
+        first_block=header.first_block,
+        num_blocks=header.num_blocks,
+        first_layer=header.first_layer,
+        num_layers=header.num_layers,
+        status=status,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import grpc
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.service import SERVICE
+from kvrelay.kv_transfer.wire import FrameHeader, encode_frame
 from kvrelay.v1 import kv_transfer_pb2
 
 AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
@@ -21,13 +23,22 @@ AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
 _IDLE_S = 10.0
 """A stream that nothing was sent over for so long is closed: it takes a thread of the receiver."""
 _POLL_S = 0.5
+_UNASKED_BYTES = 8 << 20
+_UNASKED_S = 0.3
+"""A frame asks for acks when nothing is queued behind it, when so much was sent since the last that did, or when that
+was so long ago: an ack takes both sides some hundred microseconds."""
+_ASK = encode_frame(FrameHeader(0, 0, 0, 0, 0, ack_now=1), ())
 _JOIN_S = 2.0
 
 
 class Outgoing(Protocol):
     """Something to send."""
 
-    def encode(self) -> bytes | None:
+    @property
+    def num_bytes(self) -> int:
+        """What it brings to the receiver."""
+
+    def encode(self, *, ack_now: bool) -> bytes | None:
         """The message, made by the thread that sends it; None when it is not to be sent any more."""
 
 
@@ -73,13 +84,13 @@ class PushStreams:
     def _run(self) -> None:
         """One thread: a stream at a time, while there is something to send."""
         with grpc.insecure_channel(self.address, options=grpc_options.channel_options(own_connection=True)) as channel:
-            push: grpc.StreamStreamMultiCallable[bytes, kv_transfer_pb2.FrameAck] = channel.stream_stream(
+            push: grpc.StreamStreamMultiCallable[bytes, kv_transfer_pb2.FrameAcks] = channel.stream_stream(
                 f"/{SERVICE}/{self._method}",
                 request_serializer=None,
-                response_deserializer=kv_transfer_pb2.FrameAck.FromString,
+                response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
             )
             while (order := self._orders.get()) is not None and not self._closing:
-                stream = _Stream(self._orders, order)
+                stream = _Stream(self._orders, order, must_ask=self._method == "Push")
                 call = push(stream.frames())
                 self._calls.add(call)
                 broken = self._read(call)
@@ -88,32 +99,52 @@ class PushStreams:
                 if broken:
                     self._post(self._on_ack, None)
 
-    def _read(self, call: Iterator[kv_transfer_pb2.FrameAck]) -> bool:
+    def _read(self, call: Iterator[kv_transfer_pb2.FrameAcks]) -> bool:
         """Pass acks on until the stream ends; returns whether it broke."""
         try:
-            for ack in call:
-                self._post(self._on_ack, ack)
+            for acks in call:
+                self._post(self._on_acks, acks)
         except grpc.RpcError:
             return True
         return False
+
+    def _on_acks(self, acks: kv_transfer_pb2.FrameAcks) -> None:
+        for ack in acks.acks:
+            self._on_ack(ack)
 
 
 class _Stream:
     """The frames of one call, for gRPC's thread that consumes them."""
 
-    def __init__(self, orders: queue.SimpleQueue[Outgoing | None], first: Outgoing) -> None:
+    def __init__(self, orders: queue.SimpleQueue[Outgoing | None], first: Outgoing, *, must_ask: bool) -> None:
+        """`must_ask`: whether acks come only when a frame asks."""
         self._orders = orders
         self._first = first
+        self._must_ask = must_ask
+        self._unasked_bytes = 0
+        self._asked_s = time.monotonic()
         self.over = False
         """Whether the call has ended; gRPC's thread may still wait for the next frame then."""
 
     def frames(self) -> Iterator[bytes]:
         order: Outgoing | None = self._first
         while order is not None:
-            frame = order.encode()
+            frame = order.encode(ack_now=self._asks(order))
             if frame is not None:
                 yield frame
+            if self._must_ask and self._orders.empty() and (self._unasked_bytes or frame is None):
+                self._unasked_bytes = 0
+                yield _ASK
             order = self._next()
+
+    def _asks(self, order: Outgoing) -> bool:
+        now = time.monotonic()
+        self._unasked_bytes += order.num_bytes
+        if self._unasked_bytes < _UNASKED_BYTES and now - self._asked_s < _UNASKED_S and not self._orders.empty():
+            return False
+        self._unasked_bytes = 0
+        self._asked_s = now
+        return True
 
     def _next(self) -> Outgoing | None:
         """The next order, or None when the stream shall end."""

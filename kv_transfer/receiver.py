@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,8 +61,8 @@ def _at_once(callback: Callable[..., object], *args: Any) -> None:
 
 
 class Receiver:
-    """All transfers into one worker's store. Belongs to the worker's event loop; only `place` may be called by
-    other threads, which tell the event loop through `post`.
+    """All transfers into one worker's store. Belongs to the worker's event loop; only `place`,
+    `copy` and what says so may be called by other threads, which tell the event loop through `post`.
 
     Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nothing has come
     and nobody has waited for the hold time: what a lost cancel leaves behind frees itself (`expire`). A block that is
@@ -92,6 +92,8 @@ class Receiver:
         self._waiters: dict[str, list[asyncio.Event]] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
         self.neighbours = Neighbours(clock=clock)
+        self._arrived: deque[tuple[FrameHeader, Sequence[int], int]] = deque()
+        """What threads have placed and the event loop has not followed."""
         self._all_layers = (1 << layout.num_layers) - 1
 
     def meet(self, local: LocalSegment) -> bool:
@@ -137,53 +139,60 @@ class Receiver:
         return transfer.transfer_id, wanted
 
     def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status.ValueType:
-        """Check one frame and copy it into its slots. Any thread."""
+        """Check one frame and copy it into its slots; `announce` tells the event loop. Any thread."""
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
             return FrameAck.STATUS_STALE
         if not self._fits(header, transfer) or len(payload) != self._num_bytes(header):
             return FrameAck.STATUS_REFUSED
-        if checksum([payload]) != header.checksum:
+        if checksum(header, [payload]) != header.checksum:
             return FrameAck.STATUS_CORRUPT
-        size = header.num_layers * self._layer_bytes
-        return self._land(transfer, header, [payload[i * size : (i + 1) * size] for i in range(header.num_blocks)])
+        return self._land(transfer, header, [payload])
 
     def copy(self, run: LocalRun) -> FrameAck.Status.ValueType:
-        """Copy a run from the segment of a sender on this machine into its slots. Any thread."""
+        """Like `place`, for a run in the segment of a sender on this machine. Any thread."""
         transfer = self._transfers.get(run.transfer_id)
         if transfer is None or (source := self.neighbours.segment(transfer.source)) is None:
             return FrameAck.STATUS_STALE
-        header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers, 0)
+        header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
         if not self._fits(header, transfer) or len(run.generations) != len(run.slots):
             return FrameAck.STATUS_REFUSED
         if max(run.slots) >= source.num_slots:
             return FrameAck.STATUS_REFUSED
         offset, size = run.first_layer * self._layer_bytes, run.num_layers * self._layer_bytes
-        blocks = [source.slot_view(slot, offset, size) for slot in run.slots]
+        views = _views(source, run.slots, offset, size)
         expected = list(run.generations)
-        return self._land(transfer, header, blocks, lambda: [source.generation(slot) for slot in run.slots] == expected)
+        return self._land(transfer, header, views, lambda: [source.generation(slot) for slot in run.slots] == expected)
 
     def _land(
         self,
         transfer: Transfer,
         header: FrameHeader,
-        blocks: Sequence[Buffer],
+        runs: Sequence[Buffer],
         still_valid: Callable[[], bool] | None = None,
     ) -> FrameAck.Status.ValueType:
         layers = header.first_layer, header.num_layers
         try:
-            written = transfer.landing.write(header.first_block, layers, blocks, still_valid)
+            written = transfer.landing.write(header.first_block, layers, runs, still_valid)
         except LandingClosedError:
             return FrameAck.STATUS_STALE
         except OverlapError:
             return FrameAck.STATUS_REFUSED
         if written is None:
             return FrameAck.STATUS_CORRUPT
-        self._post(self._landed, header, written, time.time_ns())
+        self._arrived.append((header, written, time.time_ns()))
         return FrameAck.STATUS_STORED
 
+    def announce(self) -> None:
+        """Have the event loop follow what was placed, once for many frames. Any thread."""
+        self._post(self._follow)
+
+    def _follow(self) -> None:
+        while self._arrived:
+            self._landed(*self._arrived.popleft())
+
     def _landed(self, header: FrameHeader, written: Sequence[int], unix_ns: int) -> None:
-        """In the event loop: these blocks of a frame lie in their slots."""
+        """These blocks of a frame lie in their slots."""
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:  # Ended meanwhile.
             return
@@ -230,6 +239,7 @@ class Receiver:
 
     def commit(self, transfer_id: int) -> int:
         """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""
+        self._follow()
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             return 0
@@ -317,3 +327,16 @@ def describe_layout(layout: cluster_pb2.KvLayout) -> str:
         f" {layout.num_kv_heads} heads of {layout.head_elements}, {layout.block_size_tokens} tokens a block,"
         f" {layout.fingerprint.hex()}"
     )
+
+
+def _views(source: Segment, slots: Sequence[int], offset: int, size: int) -> list[memoryview]:
+    """Of `size` bytes from `offset` of each slot; whole slots that follow each other are joined."""
+    views = []
+    first = 0
+    while first < len(slots):
+        end = first + 1
+        while size == source.slot_bytes and end < len(slots) and slots[end] == slots[end - 1] + 1:
+            end += 1
+        views.append(source.run_view(slots[first], offset, (end - first) * size))
+        first = end
+    return views

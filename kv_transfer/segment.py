@@ -140,13 +140,19 @@ class Segment:
 
     def slot_view(self, slot: int, offset: int = 0, size: int | None = None) -> memoryview:
         """A writable view of `size` bytes of a slot from `offset`; the whole slot by default. Drop it soon."""
-        if not 0 <= slot < self.num_slots:
-            raise IndexError(f"slot {slot} of {self.num_slots}")
         size = self.slot_bytes - offset if size is None else size
-        if offset < 0 or offset + size > self.slot_bytes:
+        if offset + size > self.slot_bytes:
             raise IndexError(f"bytes {offset}..{offset + size} of a slot of {self.slot_bytes}")
-        start = HEADER_BYTES + slot * self.slot_bytes + offset
-        return self._view[start : start + size]
+        return self.run_view(slot, offset, size)
+
+    def run_view(self, slot: int, offset: int, size: int) -> memoryview:
+        """Like `slot_view`, going on into the slots that follow."""
+        start = slot * self.slot_bytes + offset
+        if not 0 <= slot < self.num_slots or not 0 <= offset <= self.slot_bytes:
+            raise IndexError(f"slot {slot} of {self.num_slots}, byte {offset} of {self.slot_bytes}")
+        if size < 0 or start + size > self.num_slots * self.slot_bytes:
+            raise IndexError(f"{size} bytes from slot {slot} of {self.num_slots}")
+        return self._view[HEADER_BYTES + start : HEADER_BYTES + start + size]
 
     def close(self) -> None:
         """Unmap. Views handed out must be gone; idempotent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,10 @@ from kvrelay.kv_transfer.wire import FRAME_BYTES
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
-_ACK_TIMEOUT_S = 30.0
+_RESEND_S = 3.0
+"""Without any ack for so long, what was sent is taken for lost and sent again, once."""
+_GIVE_UP_S = 12.0
+"""Without any ack for so long, the receiver takes nothing any more."""
 _LOCAL_RUN_BYTES = 16 << 20
 """What one message has copied on the same machine: some milliseconds, so that streams share the work."""
 
@@ -102,18 +105,30 @@ class Push:
                 parts, finished = await self._next_parts()
                 self._send(want, [part for part in parts if part.block in wanted])
                 self._store.unpin([part.slot for part in parts])
-            try:
-                await self._all_acknowledged()
-            except TimeoutError:
-                self._end(f"{self._peer.address} took nothing for {_ACK_TIMEOUT_S:.0f} s")
+            await self._all_acknowledged(want)
         # Also after a failure: the peer need not wait any longer.
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
 
-    async def _all_acknowledged(self) -> None:
+    async def _all_acknowledged(self, want: kv_transfer_pb2.Want) -> None:
+        quiet_s = 0.0
         while self._orders and not self._over:
             self._progress.clear()
-            async with asyncio.timeout(_ACK_TIMEOUT_S):
-                await self._progress.wait()
+            try:
+                async with asyncio.timeout(_RESEND_S):
+                    await self._progress.wait()
+                quiet_s = 0.0
+            except TimeoutError:
+                quiet_s += _RESEND_S
+                if quiet_s >= _GIVE_UP_S:
+                    self._end(f"{self._peer.address} took nothing for {_GIVE_UP_S:.0f} s")
+                self._resend([order for order in self._orders.values() if order.was_sent], want)
+
+    def _resend(self, orders: Iterable[FrameOrder], want: kv_transfer_pb2.Want) -> None:
+        for order in orders:
+            if not order.was_resent:
+                order.was_resent = True
+                self.result.num_resent_frames += 1
+                self._put(want, order)
 
     async def _next_parts(self) -> tuple[list[BlockPart], bool]:
         """Everything that is ready, at least one part unless the input is finished."""
@@ -152,9 +167,7 @@ class Push:
             self.result.num_stored_bytes += order.num_bytes
             self._settle(key)
         elif ack.status == FrameAck.STATUS_CORRUPT and not order.was_resent:
-            order.was_resent = True
-            self.result.num_resent_frames += 1
-            self._put(want, order)
+            self._resend([order], want)
         else:
             self._end(f"{self._peer.address} answered {FrameAck.Status.Name(ack.status)}")
         self._progress.set()

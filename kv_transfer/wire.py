@@ -7,30 +7,32 @@ are written by hand and the payload follows; what goes over the wire is exactly 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 2 << 20
 """Payload that a sender aims at: measured to be the fastest."""
 MAX_PAYLOAD_BYTES = 4 << 20
 """Largest payload that a sender puts into one frame, unless one layer of one block is larger."""
-MAX_FRAME_BYTES = 64 << 20
-"""Largest frame that a receiver takes: one block of a large model may exceed `MAX_PAYLOAD_BYTES`."""
 
 _FIXED64, _VARINT, _LEN, _FIXED32 = 1, 0, 2, 5
-_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD = range(1, 8)
+_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD, _ACK_NOW = range(1, 9)
 _WIRE_TYPES = {
     _TRANSFER_ID: _FIXED64,
     _FIRST_BLOCK: _VARINT,
     _NUM_BLOCKS: _VARINT,
     _FIRST_LAYER: _VARINT,
     _NUM_LAYERS: _VARINT,
+    _ACK_NOW: _VARINT,
     _CHECKSUM: _FIXED64,
 }
 """Of the header's fields, in the order of `FrameHeader`."""
 _MAX_UINT32 = (1 << 32) - 1
+_CHECKED = struct.Struct("<6Q")
+"""What the checksum covers beside the payload."""
 
 
 class FrameError(ValueError):
@@ -46,14 +48,31 @@ class FrameHeader:
     num_blocks: int
     first_layer: int
     num_layers: int
-    checksum: int
+    ack_now: int = 0
+    checksum: int = 0
+    """As it was received; what is sent is computed."""
 
 
-def checksum(parts: Sequence[memoryview | bytes]) -> int:
-    """XXH3-64 of the parts, one after the other."""
+def checksum(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> int:
+    """XXH3-64 of the header's fields and of the parts, one after the other (see kv_transfer.proto).
+
+    Raises `ValueError` for a header that does not fit its fields.
+    """
+    try:
+        fields = _CHECKED.pack(
+            header.transfer_id,
+            header.first_block,
+            header.num_blocks,
+            header.first_layer,
+            header.num_layers,
+            header.ack_now,
+        )
+    except struct.error as error:
+        raise ValueError(f"a frame cannot have {header}: {error}") from error
+    seed = xxhash.xxh3_64_intdigest(fields)
     if len(parts) == 1:
-        return xxhash.xxh3_64_intdigest(parts[0])
-    digest = xxhash.xxh3_64()
+        return xxhash.xxh3_64_intdigest(parts[0], seed)
+    digest = xxhash.xxh3_64(seed=seed)
     for part in parts:
         digest.update(part)
     return digest.intdigest()
@@ -64,6 +83,7 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
 
     Raises `ValueError` for a header that does not fit its fields.
     """
+    digest = checksum(header, parts)
     head = bytearray()
     _put_fixed64(head, _TRANSFER_ID, header.transfer_id)
     for field, value in (
@@ -71,13 +91,14 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
         (_NUM_BLOCKS, header.num_blocks),
         (_FIRST_LAYER, header.first_layer),
         (_NUM_LAYERS, header.num_layers),
+        (_ACK_NOW, header.ack_now),
     ):
-        if not 0 <= value <= _MAX_UINT32:
+        if value > _MAX_UINT32:
             raise ValueError(f"field {field} of a frame is {value}, not a uint32")
         if value:
             head.append(field << 3 | _VARINT)
             _put_varint(head, value)
-    _put_fixed64(head, _CHECKSUM, header.checksum)
+    _put_fixed64(head, _CHECKSUM, digest)
     size = sum(len(part) for part in parts)
     if size:
         head.append(_PAYLOAD << 3 | _LEN)

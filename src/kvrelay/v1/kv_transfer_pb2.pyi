@@ -123,7 +123,7 @@ Global___Want: _TypeAlias = Want  # noqa: Y015
 
 @_typing.final
 class Frame(_message.Message):
-    """A run of whole blocks, or of some layers of them."""
+    """A run of whole blocks, or of some layers of them. One without blocks only asks for acks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -134,6 +134,7 @@ class Frame(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    ACK_NOW_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     """Index into the offer's hashes of the first block."""
@@ -141,9 +142,15 @@ class Frame(_message.Message):
     first_layer: _builtins.int
     num_layers: _builtins.int
     checksum: _builtins.int
-    """XXH3-64 of the payload."""
+    """XXH3-64 of the payload, its seed being the XXH3-64 of all other fields but this one, in the order of their numbers,
+    each as 8 bytes in little-endian order.
+    """
     payload: _builtins.bytes
     """[block, layer, kv_head, token, K||V], native byte order of the sender's KvLayout."""
+    ack_now: _builtins.bool
+    """Acknowledge this frame and all before it on this stream now. The receiver may do so earlier, and does when a frame
+    did not land; every ack costs both sides as much as some hundred KiB of payload.
+    """
     def __init__(
         self,
         *,
@@ -154,10 +161,11 @@ class Frame(_message.Message):
         num_layers: _builtins.int = ...,
         checksum: _builtins.int = ...,
         payload: _builtins.bytes = ...,
+        ack_now: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_now", b"ack_now", "checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,6 +271,28 @@ class FrameAck(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FrameAck: _TypeAlias = FrameAck  # noqa: Y015
+
+@_typing.final
+class FrameAcks(_message.Message):
+    """In the order in which the frames came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def acks(self) -> _containers.RepeatedCompositeFieldContainer[Global___FrameAck]: ...
+    def __init__(
+        self,
+        *,
+        acks: _abc.Iterable[Global___FrameAck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrameAcks: _TypeAlias = FrameAcks  # noqa: Y015
 
 @_typing.final
 class CommitRequest(_message.Message):

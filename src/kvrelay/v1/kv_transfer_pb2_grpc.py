@@ -32,7 +32,7 @@ class KvTransferStub(object):
     Offer(hashes)          ------>  looks up its store, reserves slots
     <------  Want(which blocks, transfer_id)
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-    <------  FrameAck each
+    <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
     """
 
@@ -50,12 +50,12 @@ class KvTransferStub(object):
         self.Push = channel.stream_stream(
                 '/kvrelay.v1.KvTransfer/Push',
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.SerializeToString,
-                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
                 _registered_method=True)
         self.Copy = channel.stream_stream(
                 '/kvrelay.v1.KvTransfer/Copy',
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
-                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
                 _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/kvrelay.v1.KvTransfer/Commit',
@@ -71,7 +71,7 @@ class KvTransferServicer(object):
     Offer(hashes)          ------>  looks up its store, reserves slots
     <------  Want(which blocks, transfer_id)
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-    <------  FrameAck each
+    <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
     """
 
@@ -94,6 +94,7 @@ class KvTransferServicer(object):
 
     def Copy(self, request_iterator, context):
         """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
+        Every run is acknowledged at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,12 +117,12 @@ def add_KvTransferServicer_to_server(servicer, server):
             'Push': grpc.stream_stream_rpc_method_handler(
                     servicer.Push,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.FromString,
-                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.SerializeToString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.SerializeToString,
             ),
             'Copy': grpc.stream_stream_rpc_method_handler(
                     servicer.Copy,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.FromString,
-                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.SerializeToString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
@@ -143,7 +144,7 @@ class KvTransfer(object):
     Offer(hashes)          ------>  looks up its store, reserves slots
     <------  Want(which blocks, transfer_id)
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-    <------  FrameAck each
+    <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
     """
 
@@ -190,7 +191,7 @@ class KvTransfer(object):
             target,
             '/kvrelay.v1.KvTransfer/Push',
             kvrelay_dot_v1_dot_kv__transfer__pb2.Frame.SerializeToString,
-            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
             options,
             channel_credentials,
             insecure,
@@ -217,7 +218,7 @@ class KvTransfer(object):
             target,
             '/kvrelay.v1.KvTransfer/Copy',
             kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
-            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAck.FromString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,7 +33,7 @@ class KvTransferStub:
         Offer(hashes)          ------>  looks up its store, reserves slots
                                <------  Want(which blocks, transfer_id)
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-                               <------  FrameAck each
+                               <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
     """
 
@@ -43,14 +43,16 @@ class KvTransferStub:
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
     Offer: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]
     """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
-    Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAck]
+    Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
     A stream that breaks ends the transfers that it carried; one that is half-closed does not.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
-    Copy: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAck]
-    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
+    Copy: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]
+    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
+    Every run is acknowledged at once.
+    """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
 
 @_typing.type_check_only
@@ -61,21 +63,23 @@ class KvTransferAsyncStub(KvTransferStub):
         Offer(hashes)          ------>  looks up its store, reserves slots
                                <------  Want(which blocks, transfer_id)
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-                               <------  FrameAck each
+                               <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Offer: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]  # type: ignore[assignment]
     """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
-    Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAck]  # type: ignore[assignment]
+    Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
     A stream that breaks ends the transfers that it carried; one that is half-closed does not.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
-    Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAck]  # type: ignore[assignment]
-    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
+    Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
+    """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
+    Every run is acknowledged at once.
+    """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
@@ -85,7 +89,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         Offer(hashes)          ------>  looks up its store, reserves slots
                                <------  Want(which blocks, transfer_id)
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
-                               <------  FrameAck each
+                               <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
     """
 
@@ -102,7 +106,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.Frame],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAck], _abc.AsyncIterator[_kv_transfer_pb2.FrameAck]]:
+    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
         """Served at the address that Want names, by threads of its own. A stream carries the frames of many
         transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
         A stream that breaks ends the transfers that it carried; one that is half-closed does not.
@@ -114,8 +118,10 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.LocalRun],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAck], _abc.AsyncIterator[_kv_transfer_pb2.FrameAck]]:
-        """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped."""
+    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
+        """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
+        Every run is acknowledged at once.
+        """
 
     @_abc_1.abstractmethod
     def Commit(

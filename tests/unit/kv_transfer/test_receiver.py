@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -62,8 +63,14 @@ class Rig:
         self, transfer_id: int, first_block: int, payload: bytes, *, layers: tuple[int, int] = (0, LAYERS)
     ) -> int:
         num_blocks = len(payload) // (layers[1] * LAYER_BYTES)
-        header = FrameHeader(transfer_id, first_block, num_blocks, *layers, checksum([payload]))
-        return self.receiver.place(header, memoryview(payload))
+        return self.place_frame(FrameHeader(transfer_id, first_block, num_blocks, *layers), payload)
+
+    def place_frame(self, header: FrameHeader, payload: bytes, *, flip: int = 0) -> int:
+        """`flip`: bits of the checksum that are wrong."""
+        checked = replace(header, checksum=checksum(header, [payload]) ^ flip)
+        status = self.receiver.place(checked, memoryview(payload))
+        self.receiver.announce()
+        return status
 
     def assert_stored(self, *blocks: int) -> None:
         """Exactly these blocks are found under their hashes, with their content."""
@@ -206,8 +213,7 @@ def test_a_frame_after_the_commit_is_dropped(rig: Rig) -> None:
 
 def test_a_corrupt_frame_is_not_placed(rig: Rig) -> None:
     transfer_id, _ = rig.offer("r", [0])
-    header = FrameHeader(transfer_id, 0, 1, 0, LAYERS, checksum([content(0)]) ^ 1)
-    assert rig.receiver.place(header, memoryview(content(0))) == CORRUPT
+    assert rig.place_frame(FrameHeader(transfer_id, 0, 1, 0, LAYERS), content(0), flip=1) == CORRUPT
     rig.assert_stored()
     assert rig.place(transfer_id, 0, content(0)) == STORED
     rig.assert_stored(0)
@@ -234,8 +240,8 @@ def test_a_frame_that_does_not_fit_is_refused(
 ) -> None:
     transfer_id, _ = rig.offer("r", [0, 1])
     payload = bytes(num_bytes)
-    header = FrameHeader(transfer_id, first_block, num_blocks, first_layer, num_layers, checksum([payload]))
-    assert rig.receiver.place(header, memoryview(payload)) == REFUSED
+    header = FrameHeader(transfer_id, first_block, num_blocks, first_layer, num_layers)
+    assert rig.place_frame(header, payload) == REFUSED
     assert rig.store.usage().num_reserved == 2
 
 
@@ -385,7 +391,7 @@ async def test_a_stream_that_breaks_ends_its_unfinished_transfers(rig: Rig) -> N
     def frames() -> Iterator[bytes]:
         for transfer_id, block in ((done, 1), (cut, 2)):
             payload = content(block)
-            yield encode_frame(FrameHeader(transfer_id, 0, 1, 0, LAYERS, checksum([payload])), [payload])
+            yield encode_frame(FrameHeader(transfer_id, 0, 1, 0, LAYERS), [payload])
         raise grpc.RpcError
 
     with pytest.raises(grpc.RpcError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -15,30 +15,45 @@ from kvrelay.v1.kv_transfer_pb2 import Frame
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
-HEADERS = st.builds(FrameHeader, UINT64, UINT32, UINT32, UINT32, UINT32, UINT64)
+HEADERS = st.builds(FrameHeader, UINT64, UINT32, UINT32, UINT32, UINT32, st.integers(0, 1))
 PARTS = st.lists(st.binary(max_size=200), max_size=4)
 
 
 def message(header: FrameHeader, payload: bytes) -> Frame:
-    names = ("transfer_id", "first_block", "num_blocks", "first_layer", "num_layers", "checksum")
+    names = ("transfer_id", "first_block", "num_blocks", "first_layer", "num_layers", "ack_now", "checksum")
     return Frame(**dict(zip(names, astuple(header), strict=True)), payload=payload)
 
 
+def checked(header: FrameHeader, payload: bytes) -> FrameHeader:
+    return replace(header, checksum=checksum(header, [payload]))
+
+
 @given(HEADERS, PARTS)
-def test_the_bytes_are_protobufs_own(header: FrameHeader, parts: list[bytes]) -> None:
-    assert encode_frame(header, parts) == message(header, b"".join(parts)).SerializeToString()
+def test_protobuf_reads_what_is_written(header: FrameHeader, parts: list[bytes]) -> None:
+    payload = b"".join(parts)
+    assert Frame.FromString(encode_frame(header, parts)) == message(checked(header, payload), payload)
 
 
-@given(HEADERS, st.binary(max_size=500))
-def test_what_protobuf_wrote_is_read(header: FrameHeader, payload: bytes) -> None:
+@given(HEADERS, st.binary(max_size=500), UINT64)
+def test_what_protobuf_wrote_is_read(header: FrameHeader, payload: bytes, checksum: int) -> None:
+    header = replace(header, checksum=checksum)
     decoded, view = decode_frame(message(header, payload).SerializeToString())
     assert decoded == header
     assert bytes(view) == payload
 
 
-@given(HEADERS, PARTS)
-def test_protobuf_reads_what_is_written(header: FrameHeader, parts: list[bytes]) -> None:
-    assert Frame.FromString(encode_frame(header, parts)) == message(header, b"".join(parts))
+@given(HEADERS, st.binary(max_size=50), st.data())
+def test_a_bit_that_flips_is_noticed(header: FrameHeader, payload: bytes, data: st.DataObject) -> None:
+    """In whatever field it is: the frame cannot be read, or its checksum differs, or it says the same."""
+    encoded = encode_frame(header, [payload])
+    damaged = bytearray(encoded)
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        decoded, view = decode_frame(bytes(damaged))
+    except FrameError:
+        return
+    if checksum(decoded, [view]) == decoded.checksum:
+        assert (decoded, bytes(view)) == (checked(header, payload), payload)
 
 
 @given(HEADERS, st.binary(min_size=1, max_size=100), st.data())
@@ -76,7 +91,7 @@ def test_a_damaged_frame_is_refused_or_read_as_protobuf_reads_it(
 
 
 def test_fields_that_a_newer_peer_adds_are_skipped() -> None:
-    encoded = encode_frame(FrameHeader(1, 2, 3, 4, 5, 6), [b"payload"])
+    encoded = encode_frame(FrameHeader(1, 2, 3, 4, 5, 1), [b"payload"])
     # Field 15 as varint, fixed64, bytes and fixed32.
     unknown = (
         bytes.fromhex("7801")
@@ -91,10 +106,11 @@ def test_fields_that_a_newer_peer_adds_are_skipped() -> None:
 
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_a_block_beyond_uint32_cannot_be_sent(value: int) -> None:
-    with pytest.raises(ValueError, match="uint32"):
-        encode_frame(FrameHeader(1, value, 1, 0, 1, 0), [b"x"])
+    with pytest.raises(ValueError, match="frame"):
+        encode_frame(FrameHeader(1, value, 1, 0, 1), [b"x"])
 
 
-@given(PARTS)
-def test_the_checksum_does_not_depend_on_the_parts(parts: list[bytes]) -> None:
-    assert checksum(parts) == checksum([b"".join(parts)]) == checksum([memoryview(b"".join(parts))])
+@given(HEADERS, PARTS)
+def test_the_checksum_does_not_depend_on_the_parts(header: FrameHeader, parts: list[bytes]) -> None:
+    joined = b"".join(parts)
+    assert checksum(header, parts) == checksum(header, [joined]) == checksum(header, [memoryview(joined)])
