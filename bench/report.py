@@ -31,6 +31,9 @@ _PACKAGES = (
     "uvloop",
     "starlette",
     "pydantic",
+    "transformers",
+    "zstandard",
+    "lz4",
     "nixl-cu12",
     "nixl-cu13",
 )

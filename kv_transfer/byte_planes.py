@@ -23,7 +23,7 @@ from kvrelay.kv_transfer.part_shape import Buffer, EncodingError, PartShape, fla
 Plane = npt.NDArray[np.uint8]
 Items = npt.NDArray[Any]
 
-_PARAMETERS = zstandard.ZstdCompressionParameters(
+PARAMETERS = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST,
     min_match=7,
     hash_log=6,
@@ -46,7 +46,7 @@ class _Coders(threading.local):
     """zstandard's contexts are not for two threads at a time, and too large to be made for each frame."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+        self.compressor = zstandard.ZstdCompressor(compression_params=PARAMETERS)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
 
 

@@ -7,6 +7,21 @@ import threading
 
 _HALF_LIFE_BYTES = 64 << 20
 _MARGIN = 0.1
+"""What is measured varies, and being wrong costs processor time besides."""
+
+
+def fastest_link(
+    *, ratio: float, encode_bytes_per_s: float, decode_bytes_per_s: float = math.inf, margin: float = _MARGIN
+) -> float:
+    """The bandwidth (bytes/s) below which sending encoded is faster than sending as it is, by `margin` at least.
+
+    `ratio`: encoded by raw bytes. Speeds are in raw bytes and those of all threads that work for the link together.
+    Encoding, sending and decoding overlap, so a byte takes as long as the slowest of them: max(1 / encode,
+    ratio / bandwidth, 1 / decode), against 1 / bandwidth. 0 when the bytes do not shrink enough for any link.
+    """
+    if ratio * (1 + margin) >= 1:
+        return 0.0
+    return min(encode_bytes_per_s, decode_bytes_per_s) / (1 + margin)
 
 
 def worthwhile(
@@ -17,14 +32,10 @@ def worthwhile(
     decode_bytes_per_s: float = math.inf,
     margin: float = _MARGIN,
 ) -> bool:
-    """Whether sending encoded is faster than sending as it is, by `margin` at least: what is measured varies.
-
-    `ratio`: encoded by raw bytes. Speeds are in raw bytes and those of all threads that work for the link together.
-    Encoding, sending and decoding overlap, so a byte takes as long as the slowest of them.
-    """
-    raw_s = 1 / bandwidth_bytes_per_s
-    encoded_s = max(1 / encode_bytes_per_s, ratio / bandwidth_bytes_per_s, 1 / decode_bytes_per_s)
-    return encoded_s * (1 + margin) < raw_s
+    """Whether to send encoded over a link of this bandwidth; see `fastest_link`."""
+    return bandwidth_bytes_per_s < fastest_link(
+        ratio=ratio, encode_bytes_per_s=encode_bytes_per_s, decode_bytes_per_s=decode_bytes_per_s, margin=margin
+    )
 
 
 class EncodingMeter:
@@ -62,7 +73,7 @@ class EncodingMeter:
     def worthwhile(
         self, bandwidth_bytes_per_s: float, *, num_threads: int = 1, decode_bytes_per_s: float = math.inf
     ) -> bool | None:
-        """See the function; `num_threads` encode at a time. None as long as nothing was measured."""
+        """See the function of this name; `num_threads` encode at a time. None as long as nothing was measured."""
         speed, ratio = self.bytes_per_s, self.ratio
         if speed is None or ratio is None:
             return None

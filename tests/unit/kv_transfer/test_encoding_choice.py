@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvrelay.kv_transfer.encoding_choice import EncodingMeter, worthwhile
@@ -40,6 +40,16 @@ def test_what_pays_on_a_link_pays_on_every_slower_one(
         return worthwhile(link, ratio=ratio, encode_bytes_per_s=encode, decode_bytes_per_s=decode)
 
     assert pays(bandwidth / 2) >= pays(bandwidth)
+
+
+@given(SPEEDS, SPEEDS, SPEEDS, RATIOS, st.floats(0, 1))
+def test_it_pays_where_the_slowest_stage_is_faster_than_the_raw_link(
+    bandwidth: float, encode: float, decode: float, ratio: float, margin: float
+) -> None:
+    gain = (1 / bandwidth) / max(1 / encode, ratio / bandwidth, 1 / decode)
+    assume(not math.isclose(gain, 1 + margin))
+    pays = worthwhile(bandwidth, ratio=ratio, encode_bytes_per_s=encode, decode_bytes_per_s=decode, margin=margin)
+    assert pays is (gain > 1 + margin)
 
 
 def test_without_a_margin_the_border_is_the_slower_of_the_two_coders() -> None:
