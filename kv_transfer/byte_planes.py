@@ -3,8 +3,8 @@
 The highest byte of a floating-point number, sign and exponent, takes few values in a KV cache (3 of 8 bits in
 bfloat16), the bytes of the mantissa are noise, and no sequence occurs twice. So the bytes of equal significance are
 put side by side, in planes, and a plane that shrinks goes through zstd, set to do nothing but its Huffman coding: the
-smallest table for matches, and only long ones looked for. That is three times as fast as its fastest ordinary level
-and smaller (docs/benchmarks.md); its faster levels leave out the Huffman coding, lz4 has none.
+smallest table for matches, and only long ones looked for. For bfloat16 that is two and a half times as fast as level 1,
+and smaller (docs/benchmarks.md); the negative levels leave out the Huffman coding, lz4 has none.
 """
 
 from __future__ import annotations
