@@ -32,9 +32,10 @@ class DecodeRole:
             host.validate(request.prompt_token_ids, request.sampling)
             transfer = await self._wait_for_blocks(transfer_id, request)
             work.mark("kv_ready")
-            hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
+            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids)
         finally:
             host.receiver.let_go(transfer_id)
+        work.note_restored(stored.restored_tokens)
         counters = work.timeline.counters
         counters["decode.tokens_stored"] = stored.load_tokens
         if transfer is not None and transfer.received_bytes:

@@ -6,6 +6,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 
 class SlotState(enum.Enum):
@@ -50,6 +51,8 @@ class BlockStore:
     def __init__(self, num_slots: int, on_taken: Callable[[int], object] = lambda _: None) -> None:
         """`on_taken` is called with every slot that is handed out, before anybody can write to it."""
         self._on_taken = on_taken
+        self.on_turnover: Callable[[int], object] = lambda _: None
+        """Called with how many slots were just handed out, or have become evictable; must not use the store at once."""
         self._state = [SlotState.FREE] * num_slots
         self._pins = [0] * num_slots
         self._hash: list[bytes | None] = [None] * num_slots
@@ -86,6 +89,7 @@ class BlockStore:
 
     def unpin(self, slots: Sequence[int]) -> None:
         """Give pins back. The last of `slots` is evicted first: a prefix outlives its continuations."""
+        num_evictable = len(self._evictable)
         for slot in reversed(slots):
             if self._pins[slot] < 1:
                 raise SlotError(f"slot {slot} is not pinned")
@@ -97,6 +101,8 @@ class BlockStore:
             elif self._state[slot] is SlotState.ABANDONED:
                 self._num_reserved -= 1
                 self._free_slot(slot)
+        if len(self._evictable) > num_evictable:
+            self.on_turnover(len(self._evictable) - num_evictable)
 
     def reserve(self, count: int) -> list[int]:
         """Up to `count` slots to write to, evicting what is needed; fewer when the rest is in use."""
@@ -118,6 +124,8 @@ class BlockStore:
         else:
             self._num_granted += len(taken)
         taken.sort()  # Neighbours are copied at once.
+        if taken:
+            self.on_turnover(len(taken))
         return taken
 
     def _evict(self) -> int:
@@ -127,6 +135,14 @@ class BlockStore:
         del self._slots[block_hash]
         self._hash[slot] = None
         return slot
+
+    def next_out(self, count: int) -> list[tuple[int, bytes]]:
+        """What the next `count` slots that are handed out hold, as long as nobody pins it: slots and hashes.
+
+        The first to go comes first; free slots go before all and are left out.
+        """
+        evicted = islice(self._evictable, max(0, count - len(self._free)))
+        return [(slot, block_hash) for slot in evicted if (block_hash := self._hash[slot]) is not None]
 
     def commit(self, slot: int, block_hash: bytes) -> int:
         """The block in a reserved or granted slot is complete; returns its slot, pinned once (more).

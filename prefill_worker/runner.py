@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import structlog
 
+from kvrelay.block_hash import BlockHasher
 from kvrelay.errors import KvrelayError, NoWorkersError
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.peer import LayoutRefusedError
@@ -15,6 +16,7 @@ from kvrelay.kv_transfer.sender import Push
 from kvrelay.tracing import Span
 from kvrelay.v1 import kv_transfer_pb2, worker_pb2
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.stored_prompt import StoredPrompt
 from kvrelay.worker.submission import Sink, Submission
 from kvrelay.worker.work import Work
 
@@ -32,8 +34,18 @@ class PrefillRole:
         """See `kvrelay.worker.role.PrefillRunner`."""
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
-        hasher, stored = host.look_up(request.cache_salt, request.prompt_token_ids)
-        with host.job(), host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
+        work = Work.of(request, "prefill")
+        with host.job():
+            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids)
+            work.note_restored(stored.restored_tokens)
+            await self._run(request, work, hasher, stored, sink)
+
+    async def _run(
+        self, request: worker_pb2.Prefill, work: Work, hasher: BlockHasher, stored: StoredPrompt, sink: Sink
+    ) -> None:
+        """Nothing may be awaited before the engine has the request: its pins pass over with it."""
+        host = self._host
+        with host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
             num_layers = host.info.layout.num_layers
             push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes), num_layers)
             try:
@@ -42,7 +54,6 @@ class PrefillRole:
                     push.add(BlockPart(block, slot, 0, num_layers))
                 async with asyncio.TaskGroup() as tasks:
                     pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
-                    work = Work.of(request, "prefill")
                     submission = await host.submit(work, hasher, stored, save_partial=True, sink=sink, on_part=push.add)
                     await self._until_closed(submission)
                     push.push.finish()  # Blocks that the store had no room for do not come.

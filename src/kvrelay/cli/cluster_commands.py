@@ -12,7 +12,7 @@ from kvrelay.cli import options as opt
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import find_model
 from kvrelay.cli.parsing import check_engine_options
-from kvrelay.cli.preflight import check_can_listen, check_etcd, check_otlp
+from kvrelay.cli.preflight import check_can_listen, check_disk, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
 from kvrelay.cli.running import running
 
@@ -127,6 +127,8 @@ def up(
     served_model_name: opt.ServedNameOption = None,
     engine: opt.EngineOption = opt.EngineKind.VLLM,
     kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
+    kv_disk_bytes: opt.KvDiskBytesOption = 0,
+    kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH,
     kv_cache_gib: Annotated[
         int, typer.Option(min=1, rich_help_panel=opt.MODEL, help="Each CPU engine's own KV cache, GiB.")
     ] = 1,
@@ -148,6 +150,7 @@ def up(
     if running() is None:  # or else that is the more useful message
         check_can_listen("--http", http)
         check_can_listen("--grpc", grpc)
+        check_disk(kv_disk_path, kv_disk_bytes, prefill + decode)
     if etcd is not None:
         check_etcd(etcd)
     found = find_model(model, served_model_name, engine)
@@ -167,6 +170,8 @@ def up(
             engine=engine.value,
             engine_options=options,
             kv_host_bytes=kv_host_bytes,
+            kv_disk_bytes=kv_disk_bytes,
+            kv_disk_path=kv_disk_path.absolute(),
             kv_cache_gib=kv_cache_gib,
             http=str(http),
             grpc=str(grpc),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,7 @@ class LogLevel(StrEnum):
 HTTP = Address("127.0.0.1", 8000)
 GRPC = Address("127.0.0.1", 50051)
 KV_HOST_BYTES = 2 << 30
+KV_DISK_PATH = Path("/var/tmp")  # noqa: S108 - the file there has no name
 
 CLUSTER = "The cluster"
 MODEL = "The model"
@@ -99,6 +101,26 @@ KvHostBytesOption = Annotated[
         show_default="2GiB",
         rich_help_panel=MODEL,
         help="Host memory for KV blocks, of each worker.",
+    ),
+]
+KvDiskBytesOption = Annotated[
+    int,
+    typer.Option(
+        "--kv-disk-bytes",
+        parser=parse_size,
+        metavar="SIZE",
+        show_default="0, none",
+        rich_help_panel=MODEL,
+        help="Room on disk for KV blocks that leave host memory, of each worker.",
+    ),
+]
+KvDiskPathOption = Annotated[
+    Path,
+    typer.Option(
+        "--kv-disk-path",
+        metavar="DIR",
+        rich_help_panel=MODEL,
+        help="Where that room is taken; best a local SSD. No file is left.",
     ),
 ]
 EngineArgsArgument = Annotated[

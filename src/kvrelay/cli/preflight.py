@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from pathlib import Path
 
 from kvrelay.cli.failure import UNREACHABLE, WRONG_USAGE, fail
 from kvrelay.cli.parsing import ALL_INTERFACES, Address, Addresses
@@ -34,6 +35,18 @@ def check_can_listen(option: str, address: Address) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
             fail(f"cannot listen at {option} {address}: {reason}; choose another address or port", WRONG_USAGE)
+
+
+def check_disk(directory: Path, size_bytes: int, num_workers: int = 1) -> None:
+    """Leaves with a message unless the directory has room for the KV blocks of so many workers."""
+    if not size_bytes:
+        return
+    from kvrelay.kv_transfer.disk_file import check_room
+
+    try:
+        check_room(directory, size_bytes * num_workers)
+    except ValueError as error:
+        fail(f"--kv-disk-path: {error}; choose another folder or correct --kv-disk-bytes", WRONG_USAGE)
 
 
 def check_otlp(endpoint: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -12,7 +13,7 @@ from kvrelay.cli import options as opt
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import find_model
 from kvrelay.cli.parsing import Address, Addresses, check_engine_options
-from kvrelay.cli.preflight import advertised, check_can_listen, check_etcd, check_otlp
+from kvrelay.cli.preflight import advertised, check_can_listen, check_disk, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
 
 LOOPBACK = Address("127.0.0.1", 0)
@@ -48,6 +49,8 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
         served_model_name: opt.ServedNameOption = None,
         engine: opt.EngineOption = opt.EngineKind.VLLM,
         kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
+        kv_disk_bytes: opt.KvDiskBytesOption = 0,
+        kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH,
         listen: opt.ListenOption = LOOPBACK,
         kv_listen: opt.KvListenOption = None,
         advertise: opt.AdvertiseOption = None,
@@ -63,6 +66,8 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
             served_model_name=served_model_name,
             engine=engine,
             kv_host_bytes=kv_host_bytes,
+            kv_disk_bytes=kv_disk_bytes,
+            kv_disk_path=kv_disk_path,
             listen=listen,
             kv_listen=kv_listen,
             advertise=advertised(listen, advertise),
@@ -85,6 +90,8 @@ class _WorkerFlags:
     served_model_name: str | None
     engine: opt.EngineKind
     kv_host_bytes: int
+    kv_disk_bytes: int
+    kv_disk_path: Path
     listen: Address
     kv_listen: Address | None
     advertise: Address | None
@@ -99,6 +106,7 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
     check_can_listen("--listen", flags.listen)
     if flags.kv_listen:
         check_can_listen("--kv-listen", flags.kv_listen)
+    check_disk(flags.kv_disk_path, flags.kv_disk_bytes)
     check_etcd(flags.etcd)
     found = find_model(flags.model, flags.served_model_name, flags.engine)
     with process_errors(flags.log_level.value):
@@ -121,7 +129,9 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
                 served_model_name=found.served_name,
                 options=flags.engine_args,
             ),
-            store=StoreConfig(size_bytes=flags.kv_host_bytes),
+            store=StoreConfig(
+                size_bytes=flags.kv_host_bytes, disk_bytes=flags.kv_disk_bytes, disk_path=flags.kv_disk_path
+            ),
             otlp_endpoint=flags.otlp,
             log_format=flags.log_format.value,
             log_level=flags.log_level.value,

@@ -43,24 +43,27 @@ def _print_table(rows: list[WorkerRow]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("id", "role", "model", "address", "state"):
         table.add_column(heading, overflow="fold")
-    for heading in ("running", "waiting", "engine KV", "store KV", "cached"):
+    has_disk = any(row.disk_bytes for row in rows)
+    for heading in ("running", "waiting", "engine KV", "store KV", "cached", *(["on disk"] if has_disk else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         style = _STYLES.get(row.state, "")
         state = f"[{style}]{row.state}[/]" if style else row.state
-        table.add_row(row.worker_id, row.role, row.model, row.address, state, *_gauges(row))
+        table.add_row(row.worker_id, row.role, row.model, row.address, state, *_gauges(row, has_disk))
     console = Console()
     # Piped output is for other programs: every row stays one line.
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
-def _gauges(row: WorkerRow) -> list[str]:
+def _gauges(row: WorkerRow, has_disk: bool) -> list[str]:
+    on_disk = [str(row.num_disk_blocks) if row.disk_bytes else "-"] if has_disk else []
     if row.engine_kv_usage is None:
-        return ["-"] * 5
+        return ["-"] * 5 + on_disk
     return [
         str(row.num_running_requests),
         str(row.num_waiting_requests),
         f"{row.engine_kv_usage:.0%}",
         f"{row.num_used_slots}/{row.num_slots}",
         str(row.num_cached_slots),
+        *on_disk,
     ]

@@ -45,6 +45,9 @@ class UpConfig:
     """More of `kvrelay coordinator`'s own."""
     kv_host_bytes: int = 2 << 30
     """Host memory for KV blocks, of each worker."""
+    kv_disk_bytes: int = 0
+    kv_disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file there has no name
+    """Room on disk for blocks that leave that memory, of each worker; 0 for none."""
     kv_cache_gib: int = 1
     """Memory of each CPU engine's own KV cache."""
     http: str = "127.0.0.1:8000"
@@ -116,6 +119,8 @@ def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> C
     arguments = [f"{role}-worker", *_shared_options(config, places)]
     arguments += ["--worker-id", name, "--listen", "127.0.0.1:0"]
     arguments += ["--engine", config.engine, "--kv-host-bytes", str(config.kv_host_bytes)]
+    if config.kv_disk_bytes:
+        arguments += ["--kv-disk-bytes", str(config.kv_disk_bytes), "--kv-disk-path", str(config.kv_disk_path)]
     if options := [*share.options, *config.engine_options]:
         arguments += ["--", *options]
     return _spec(name, arguments, config, places, share)

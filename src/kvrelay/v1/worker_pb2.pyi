@@ -474,6 +474,8 @@ class BlockStoreStatus(_message.Message):
     NUM_EVICTABLE_FIELD_NUMBER: _builtins.int
     NUM_GRANTED_FIELD_NUMBER: _builtins.int
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_DISK_BLOCKS_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_free: _builtins.int
     num_reserved: _builtins.int
@@ -485,6 +487,10 @@ class BlockStoreStatus(_message.Message):
     num_granted: _builtins.int
     """Lent to the engine for blocks of generated tokens."""
     slot_bytes: _builtins.int
+    disk_bytes: _builtins.int
+    """Room on disk for blocks that leave the store; 0 without a disk, or when it has failed."""
+    num_disk_blocks: _builtins.int
+    """Blocks on disk, whether they are in a slot as well or not."""
     def __init__(
         self,
         *,
@@ -495,10 +501,12 @@ class BlockStoreStatus(_message.Message):
         num_evictable: _builtins.int = ...,
         num_granted: _builtins.int = ...,
         slot_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        num_disk_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_evictable", b"num_evictable", "num_free", b"num_free", "num_granted", b"num_granted", "num_pinned", b"num_pinned", "num_reserved", b"num_reserved", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "num_disk_blocks", b"num_disk_blocks", "num_evictable", b"num_evictable", "num_free", b"num_free", "num_granted", b"num_granted", "num_pinned", b"num_pinned", "num_reserved", b"num_reserved", "num_slots", b"num_slots", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.disk_file import DiskFile
+from kvrelay.kv_transfer.disk_tier import DiskTier
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
@@ -22,7 +25,7 @@ from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
-from kvrelay.worker.stored_prompt import StoredPrompt, look_up
+from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
 from kvrelay.worker.submission import PartHandler, Sink, Submission
 from kvrelay.worker.work import Work
 
@@ -40,6 +43,10 @@ class StoreConfig:
     """Whether workers on the same machine may map the store and copy from it."""
     transfer_hold_s: float = 60.0
     """How long received blocks are held for a request that does not come."""
+    disk_bytes: int = 0
+    """Room on disk for blocks that leave the store; 0 for none."""
+    disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file has no name
+    """Folder of the file that takes them."""
 
 
 class WorkerHost:
@@ -64,6 +71,7 @@ class WorkerHost:
         if config.share_memory:
             self.local_segment = kv_transfer_pb2.LocalSegment(path=segment.path, proof=segment.proof)
         self.counters: Counter[str] = Counter()
+        self.disk: DiskTier | None = None
         self.block_size = info.layout.block_size_tokens
         self._engine = engine
         self._calls = EngineCalls(engine)
@@ -78,11 +86,17 @@ class WorkerHost:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
-        """The hashes of a prompt and what the store has of it, pinned once."""
+    async def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
+        """The hashes of a prompt and what the store has of it, pinned once; blocks on disk are brought back before.
+
+        Cancellation leaves nothing pinned.
+        """
         hasher = BlockHasher(self.info.layout, cache_salt, prompt_token_ids[:-1])
-        stored = look_up(self.store, hasher, prompt_token_ids[-1])
-        self.store.pin(stored.load)
+        names = name_blocks(hasher, prompt_token_ids[-1])
+        on_disk = self.disk.restored(names.hashes, names.or_last) if self.disk else contextlib.nullcontext(())
+        async with on_disk as restored:
+            stored = look_up(self.store, names, restored)
+            self.store.pin(stored.load)
         return hasher, stored
 
     def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
@@ -270,6 +284,8 @@ class WorkerHost:
                 num_evictable=usage.num_evictable,
                 num_granted=usage.num_granted,
                 slot_bytes=self.segment.slot_bytes,
+                disk_bytes=self.disk.size_bytes if self.disk else 0,
+                num_disk_blocks=self.disk.num_blocks if self.disk else 0,
             ),
         )
 
@@ -284,7 +300,6 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
 
     An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
     """
-    segment = Segment.create(config.size_bytes)
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_kv_reports(reports: Sequence[KvReport]) -> None:
@@ -295,11 +310,22 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             if not broken.done():
                 broken.set_exception(error)
 
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        segment = Segment.create(config.size_bytes)
+        stack.callback(segment.close)
+        file = (
+            await asyncio.to_thread(DiskFile.create, config.disk_path, config.disk_bytes) if config.disk_bytes else None
+        )
+        if file is not None:
+            stack.callback(file.close)
+        stack.push_async_callback(engine.close)
         info = await engine.start(segment, on_kv_reports)
         async with asyncio.TaskGroup() as tasks:
             peers = Peers()
             host = WorkerHost(engine, info, segment, peers, config, tracing)
+            if file is not None:
+                host.disk = DiskTier(host.store, segment, file, host.counters)
+                stack.push_async_callback(host.disk.close)
             host.top_up_grants()
             loops = [
                 tasks.create_task(_fail_with(broken), name="kv-reports"),
@@ -313,6 +339,3 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
                 await peers.close()
                 for loop in loops:
                     loop.cancel()
-    finally:
-        await engine.close()
-        segment.close()

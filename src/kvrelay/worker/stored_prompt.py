@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.kv_transfer.block_store import BlockStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNames:
+    """Under which hashes a prompt's blocks may be stored."""
+
+    hashes: Sequence[bytes]
+    """All blocks of the prompt, the last one full or not."""
+    or_last: bytes | None
+    """Of the last block as it was before the prompt's last token, unless it was empty then."""
+    num_usable: int
+    """Tokens but the last, from which the engine samples."""
+    block_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,23 +34,34 @@ class StoredPrompt:
     """Slots for the engine: `present`, or one more."""
     load_tokens: int
     """What they hold of the prompt; at most all tokens but the last, from which the engine samples."""
+    restored_tokens: int = 0
+    """Of these, what was read from disk for this request."""
 
 
-def look_up(store: BlockStore, hasher: BlockHasher, last_token_id: int) -> StoredPrompt:
-    """Find the stored prefix of a prompt; `hasher` has seen all tokens but the last, and has seen all afterwards.
+def name_blocks(hasher: BlockHasher, last_token_id: int) -> BlockNames:
+    """Names of a prompt's blocks; `hasher` has seen all tokens but the last, and has seen all afterwards.
 
     A block that is not full is stored under the tokens it had. The prompt of a decode worker may have one token more
-    than that (the first one, sampled by the prefill worker), so such a block counts too. Nothing is pinned.
+    than that (the first one, sampled by the prefill worker), so its last block has two names.
     """
-    block_size = hasher.block_size
-    num_usable = hasher.num_tokens
-    shorter = hasher.partial_hash()
+    num_usable, or_last = hasher.num_tokens, hasher.partial_hash()
     hasher.append([last_token_id])
-    hashes = hasher.all_hashes()
-    present = store.match(hashes)
+    return BlockNames(hashes=hasher.all_hashes(), or_last=or_last, num_usable=num_usable, block_size=hasher.block_size)
+
+
+def look_up(store: BlockStore, names: BlockNames, restored: Container[int] = ()) -> StoredPrompt:
+    """Find the stored prefix of a prompt. Nothing is pinned. `restored`: slots that were read from disk for it."""
+    present = store.match(names.hashes)
     load = list(present)
-    if len(present) < len(hashes) and len(present) == num_usable // block_size and shorter is not None:
-        slot = store.find(shorter)
+    if len(present) == len(names.hashes) - 1 and names.or_last is not None:
+        slot = store.find(names.or_last)
         if slot is not None:
             load.append(slot)
-    return StoredPrompt(hashes=hashes, present=present, load=load, load_tokens=min(len(load) * block_size, num_usable))
+    sizes = [min(names.block_size, names.num_usable - i * names.block_size) for i in range(len(load))]
+    return StoredPrompt(
+        hashes=names.hashes,
+        present=present,
+        load=load,
+        load_tokens=sum(sizes),
+        restored_tokens=sum(size for slot, size in zip(load, sizes, strict=True) if slot in restored),
+    )

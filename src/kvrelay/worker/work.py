@@ -38,6 +38,11 @@ class Work:
         work.mark("received")
         return work
 
+    def note_restored(self, num_tokens: int) -> None:
+        """So many of the prompt's tokens were read from disk."""
+        if num_tokens:
+            self.timeline.counters[f"{self.name}.tokens_restored"] = num_tokens
+
     def mark(self, event: str, unix_ns: int | None = None) -> None:
         """Note that something happened, now unless told otherwise."""
         self.timeline.events.add(name=f"{self.name}.{event}", unix_ns=unix_ns or time.time_ns())

@@ -69,7 +69,7 @@ async def submit(host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_toke
         priority=0,
         trace=common_pb2.TraceContext(),
     )
-    hasher, stored = host.look_up("", PROMPT)
+    hasher, stored = await host.look_up("", PROMPT)
     return await host.submit(work, hasher, stored, save_partial=False, sink=deltas.append)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvrelay.block_hash import BlockHasher, layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.v1 import cluster_pb2
-from kvrelay.worker.stored_prompt import StoredPrompt, look_up
+from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
 
 BLOCK = 4
 LAYOUT = cluster_pb2.KvLayout(block_size_tokens=BLOCK)
@@ -28,7 +28,7 @@ def store_with(*prompts: list[int]) -> BlockStore:
 
 def look(store: BlockStore, prompt: list[int]) -> StoredPrompt:
     hasher = BlockHasher(LAYOUT, "", prompt[:-1])
-    stored = look_up(store, hasher, prompt[-1])
+    stored = look_up(store, name_blocks(hasher, prompt[-1]))
     assert hasher.num_tokens == len(prompt)
     assert list(stored.hashes) == BlockHasher(LAYOUT, "", prompt).all_hashes()
     return stored
