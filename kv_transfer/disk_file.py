@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import Self
 
 from kvrelay.kv_transfer.wire import checksum
 
@@ -49,7 +50,7 @@ class DiskFile:
         self._place_bytes = 0
 
     @classmethod
-    def create(cls, directory: Path, size_bytes: int) -> DiskFile:
+    def create(cls, directory: Path, size_bytes: int) -> Self:
         """Take the space. It may last where the file system cannot do it in one step.
 
         Raises `ValueError` telling what is wrong with the directory or how much is missing.

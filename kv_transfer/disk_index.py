@@ -41,6 +41,11 @@ class DiskIndex:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody reads."""
+        return len(self._idle)
+
     def take(self) -> int | None:
         """A place to write to, that of the least recently used block if none is free; None when all are in use."""
         if not self._free and self._idle:

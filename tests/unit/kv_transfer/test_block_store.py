@@ -28,6 +28,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.ready: dict[bytes, int] = {}
         self.pins: dict[int, int] = {}
         self.unpinned: list[int] = []
+        self.turnover = 0
+        self.expected_turnover = 0
+        self.store.on_turnover = self.count
+
+    def count(self, number: int) -> None:
+        assert number > 0
+        self.turnover += number
 
     @property
     def num_free(self) -> int:
@@ -57,6 +64,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ready = {h: slot for h, slot in self.ready.items() if slot not in evicted}
         assert not set(slots) & {*self.lent, *self.abandoned, *self.ready.values()}
         assert not any(self.pins.get(slot) for slot in slots)
+        self.expected_turnover += len(slots)
 
     @rule(count=st.integers(0, NUM_SLOTS + 1))
     def reserve(self, count: int) -> None:
@@ -113,6 +121,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.abandoned.discard(slot)
                 if slot in self.ready.values():
                     self.unpinned.append(slot)
+                    self.expected_turnover += 1
 
     @rule(data=st.data())
     def misuse(self, data: st.DataObject) -> None:
@@ -138,6 +147,16 @@ class StoreMachine(RuleBasedStateMachine):
                 break
             expected.append(self.ready[block_hash])
         assert self.store.match(hashes) == expected
+
+    @rule(count=st.integers(0, NUM_SLOTS + 1))
+    def next_out(self, count: int) -> None:
+        by_slot = {slot: block_hash for block_hash, slot in self.ready.items()}
+        expected = self.unpinned[: max(0, count - self.num_free)]
+        assert self.store.next_out(count) == [(slot, by_slot[slot]) for slot in expected]
+
+    @invariant()
+    def every_turnover_is_told(self) -> None:
+        assert self.turnover == self.expected_turnover
 
     @invariant()
     def every_hash_leads_to_its_slot(self) -> None:
