@@ -38,6 +38,9 @@ class WorkerRow:
     num_used_slots: int | None = None
     """Of those, written, pinned or lent to the engine; the rest is free or cache."""
     num_cached_slots: int | None = None
+    disk_bytes: int | None = None
+    """Room on disk for blocks that leave the store; 0 for none."""
+    num_disk_blocks: int | None = None
 
 
 async def collect_workers(etcd: Sequence[str], cluster: str, timeout_s: float) -> list[WorkerRow]:
@@ -76,6 +79,8 @@ async def _row(info: cluster_pb2.WorkerInfo, timeout_s: float) -> WorkerRow:
         num_slots=store.num_slots,
         num_used_slots=store.num_reserved + store.num_pinned + store.num_granted,
         num_cached_slots=store.num_evictable,
+        disk_bytes=store.disk_bytes,
+        num_disk_blocks=store.num_disk_blocks,
     )
 
 

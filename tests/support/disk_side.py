@@ -33,20 +33,24 @@ def content_of(number: int) -> bytes:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
+    """What a thread was asked to do."""
+
     future: Future[Any]
-    run: Callable[[], Any]
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
 
 
 class ManualExecutor(Executor):
     """A thread pool in slow motion: a call begins, and later ends, when it is told to."""
 
     def __init__(self) -> None:
-        self.waiting: list[_Call] = []
-        self.running: list[_Call] = []
+        self.waiting: list[Call] = []
+        self.running: list[Call] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        call = _Call(Future(), lambda: fn(*args, **kwargs))
+        assert not kwargs
+        call = Call(Future(), fn, args)
         self.waiting.append(call)
         return call.future
 
@@ -62,7 +66,7 @@ class ManualExecutor(Executor):
         """Do the work of one call that has begun."""
         call = self.running.pop(index)
         try:
-            call.future.set_result(call.run())
+            call.future.set_result(call.fn(*call.args))
         except Exception as error:
             call.future.set_exception(error)
 

@@ -140,6 +140,17 @@ async def test_a_store_in_use_restores_what_it_has_slots_for() -> None:
         side.store.release(busy + more)
 
 
+async def test_what_follows_a_block_without_a_slot_is_not_held() -> None:
+    async with disk_side(SLOTS, PLACES) as side:
+        await side.put_slowly(range(40))
+        assert side.holds(39)
+        busy = side.store.reserve(SLOTS - 1)
+        async with side.restored([0, 39]) as restored:
+            assert not restored
+            assert side.store.usage().num_pinned == 0
+        side.store.release(busy)
+
+
 async def test_two_requests_read_the_same_prefix_once() -> None:
     async with disk_side(SLOTS, PLACES) as side:
         await side.put_slowly(range(40))
