@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 from kvrelay.models import default_cache_dir, resolve_model
 from tests.support.live_cluster import LiveCluster, live_cluster
 from tests.support.otlp_receiver import OtlpReceiver, otlp_receiver
+from tests.support.reference_engine import reference_answers
 
 # Loading vLLM takes half a minute, the referee's answers another one.
 pytestmark = pytest.mark.timeout(600)
@@ -28,21 +26,7 @@ def model_path() -> str:
 @pytest.fixture(scope="session")
 def reference(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One vLLM engine's answers to every case, in float32. It has ended before any cluster starts."""
-    scratch = tmp_path_factory.mktemp("reference")
-    target = scratch / "answers.json"
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_RPC_BASE_PATH": str(scratch),
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch),
-    }
-    command = [sys.executable, "-m", "tests.support.reference_engine", model_path, "float32", str(target)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers: dict[str, Any] = json.loads(target.read_text())
-    return answers
+    return reference_answers(model_path, "all", tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,3 +91,17 @@ def option_cases() -> list[Case]:
         _long("choice", choice=["lighthouse", "windmill", "bridge"]),
         _long("grammar", grammar='root ::= "ship " [0-9]+ "."', max_tokens=12),
     ]
+
+
+def handover_cases() -> list[Case]:
+    """Greedy answers to prompts without a common block, several of each length; every block is handed over."""
+    options = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
+    lengths = [40, 128, 300] * 3
+    return [Case(f"{n}-{i}", text_of(n + 8, start=7 * i), n, options) for i, n in enumerate(lengths)]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "all": lambda: [*length_cases(), *option_cases()],
+    "handover": handover_cases,
+}
+"""For `reference_engine`, which runs in a process of its own."""

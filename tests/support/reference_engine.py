@@ -1,4 +1,4 @@
-"""One vLLM engine, as the referee: `python -m tests.support.reference_engine MODEL DTYPE OUTPUT` answers every case.
+"""One vLLM engine, as the referee: `python -m tests.support.reference_engine MODEL OUTPUT CASES` answers every case.
 
 Runs in a process of its own, before the cluster starts, so that the two do not share cores.
 """
@@ -6,11 +6,13 @@ Runs in a process of its own, before the cluster starts, so that the two do not 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.equality_cases import Case, length_cases, option_cases
+from tests.support.equality_cases import CASES, Case
 
 _STRUCTURED = {
     "json_schema": "json",
@@ -19,6 +21,24 @@ _STRUCTURED = {
     "choice": "choice",
     "grammar": "grammar",
 }
+
+
+def reference_answers(model: str, cases: str, scratch: Path) -> dict[str, Any]:
+    """One engine's answers in float32 to `CASES[cases]`, by name. It has ended on return."""
+    target = scratch / "answers.json"
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_RPC_BASE_PATH": str(scratch),
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch),
+    }
+    command = [sys.executable, "-m", "tests.support.reference_engine", model, str(target), cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers: dict[str, Any] = json.loads(target.read_text())
+    return answers
 
 
 def prompt_ids(tokenizer: Any, case: Case) -> list[int]:
@@ -67,13 +87,13 @@ def answer(llm: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def main(model: str, dtype: str, target: str) -> None:
+def main(model: str, target: str, cases: str) -> None:
     """Answer all cases and write them as JSON."""
     from vllm import LLM
 
-    llm = LLM(model=model, dtype=dtype, enforce_eager=True, block_size=32, max_model_len=4096, seed=0)
+    llm = LLM(model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=4096, seed=0)
     tokenizer = llm.get_tokenizer()
-    answers = {case.name: answer(llm, tokenizer, case) for case in [*length_cases(), *option_cases()]}
+    answers = {case.name: answer(llm, tokenizer, case) for case in CASES[cases]()}
     Path(target).write_text(json.dumps(answers))
 
 

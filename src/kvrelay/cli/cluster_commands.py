@@ -129,6 +129,8 @@ def up(
     kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
     kv_disk_bytes: opt.KvDiskBytesOption = 0,
     kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH,
+    prefill_args: opt.PrefillArgsOption = None,
+    decode_args: opt.DecodeArgsOption = None,
     kv_cache_gib: Annotated[
         int, typer.Option(min=1, rich_help_panel=opt.MODEL, help="Each CPU engine's own KV cache, GiB.")
     ] = 1,
@@ -144,6 +146,8 @@ def up(
     Example: kvrelay up --prefill 2 --decode 2 --model ./my-model
 
     Example: kvrelay up --http 0.0.0.0:8000 -- --dtype float32 --max-model-len 4096
+
+    Example: kvrelay up --prefill-args '--tensor-parallel-size 2' --decode-args '--max-num-seqs 64'
     """
     options = check_engine_options(engine_args)
     check_otlp(otlp)
@@ -169,6 +173,8 @@ def up(
             served_model_name=found.served_name,
             engine=engine.value,
             engine_options=options,
+            prefill_options=prefill_args or (),
+            decode_options=decode_args or (),
             kv_host_bytes=kv_host_bytes,
             kv_disk_bytes=kv_disk_bytes,
             kv_disk_path=kv_disk_path.absolute(),

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from kvrelay.cli.parsing import Address, Addresses, parse_address, parse_addresses, parse_size
+from kvrelay.cli.parsing import (
+    Address,
+    Addresses,
+    EngineArgs,
+    parse_address,
+    parse_addresses,
+    parse_engine_args,
+    parse_size,
+)
 
 
 class EngineKind(StrEnum):
@@ -126,6 +134,26 @@ KvDiskPathOption = Annotated[
 EngineArgsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="-- ENGINE OPTIONS", help="Options of vLLM's engine, as `vllm serve` has them."),
+]
+PrefillArgsOption = Annotated[
+    EngineArgs | None,
+    typer.Option(
+        "--prefill-args",
+        parser=parse_engine_args,
+        metavar="'ENGINE OPTIONS'",
+        rich_help_panel=MODEL,
+        help="More engine options, in one string, for prefill workers only.",
+    ),
+]
+DecodeArgsOption = Annotated[
+    EngineArgs | None,
+    typer.Option(
+        "--decode-args",
+        parser=parse_engine_args,
+        metavar="'ENGINE OPTIONS'",
+        rich_help_panel=MODEL,
+        help="More engine options, in one string, for decode workers only.",
+    ),
 ]
 ListenOption = Annotated[
     Address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 import typer
@@ -30,6 +31,12 @@ class Addresses(tuple[Address, ...]):
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
+
+
+class EngineArgs(tuple[str, ...]):
+    """Options of the engine, as words."""
+
+    __slots__ = ()
 
 
 def parse_address(text: str | Address) -> Address:
@@ -60,6 +67,17 @@ def parse_size(text: str | int) -> int:
     number, unit, binary = match.groups()
     decimal = text.strip().upper().endswith("B") and unit and not binary
     return int(float(number) * (1000 if decimal else 1024) ** _EXPONENT[unit.upper()])
+
+
+def parse_engine_args(text: str) -> EngineArgs:
+    """Options of the engine in one string, quoted as in a shell. Raises `typer.BadParameter`."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a command line: {error}") from error
+    if words and not words[0].startswith("-"):
+        raise typer.BadParameter(f"{text!r} has to begin with an option, for example '--tensor-parallel-size 2'")
+    return EngineArgs(words)
 
 
 def check_engine_options(arguments: list[str] | None) -> tuple[str, ...]:

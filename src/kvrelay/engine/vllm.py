@@ -57,6 +57,8 @@ _FINISH_REASONS = {
     FinishReason.REPETITION: common_pb2.FINISH_REASON_REPETITION,
 }
 
+_OTHER_PARALLELISM = ("pipeline", "prefill_context", "decode_context")
+
 _CPU_LAYER_GROUPS = 6
 _SHUTDOWN_S = 4.0
 """The engine core gets this long before it is killed; its ranks need 3 s to leave Python."""
@@ -195,6 +197,10 @@ def _engine_config(config: VllmEngineConfig, extra: dict[str, str | int]) -> Vll
     args = parse_engine_args(config)
     if args.data_parallel_size != 1:
         raise EngineOptionError("--data-parallel-size is 1 for a worker; start more workers instead")
+    for kind in _OTHER_PARALLELISM:
+        if getattr(args, f"{kind}_parallel_size") != 1:
+            option = f"--{kind.replace('_', '-')}-parallel-size"
+            raise EngineOptionError(f"{option} is 1 for a worker: each rank holds its heads in all layers and blocks")
     args.kv_transfer_config = KVTransferConfig(
         kv_connector=vllm_connector.KvRelayConnector.__name__,
         kv_connector_module_path=vllm_connector.__name__,

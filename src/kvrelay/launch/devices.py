@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
@@ -37,41 +38,52 @@ def detect(environment: Mapping[str, str]) -> Devices:
     return Devices(sorted(os.sched_getaffinity(0)), _gpus(environment))
 
 
-def shares(devices: Devices, num_engines: int, engine_options: Sequence[str], kv_cache_gib: int) -> list[Share]:
-    """One share per engine; they overlap only where there are fewer devices than engines."""
+def shares(devices: Devices, engines: Sequence[Sequence[str]], kv_cache_gib: int) -> list[Share]:
+    """One share for each of `engines`, of which the options are given.
+
+    They overlap only where there are fewer devices than ranks.
+    """
+    num_ranks = [_num_ranks(options) for options in engines]
     if devices.gpus:
-        return _gpu_shares(devices.gpus, num_engines, engine_options)
+        return _gpu_shares(devices.gpus, num_ranks, engines)
     common = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
-    if num_engines < 2:
-        return [Share(common)] * num_engines
+    if sum(num_ranks) < 2:
+        return [Share(common)] * len(engines)
+    cores = iter(_core_shares(devices.cores, sum(num_ranks)))
     return [
-        Share({**common, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))})
-        for cores in _core_shares(devices.cores, num_engines)
+        Share({**common, "VLLM_CPU_OMP_THREADS_BIND": "|".join(itertools.islice(cores, size))}) for size in num_ranks
     ]
 
 
-def _core_shares(cores: Sequence[int], num_engines: int) -> list[Sequence[int]]:
+def _core_shares(cores: Sequence[int], num_ranks: int) -> list[str]:
     """Neighbouring cores, as many for each; what cannot be divided is left to the other processes."""
-    size = len(cores) // num_engines
+    size = len(cores) // num_ranks
     if size == 0:
-        return [[cores[index % len(cores)]] for index in range(num_engines)]
-    return [cores[index * size : (index + 1) * size] for index in range(num_engines)]
+        return [str(cores[index % len(cores)]) for index in range(num_ranks)]
+    return [",".join(map(str, cores[index * size : (index + 1) * size])) for index in range(num_ranks)]
 
 
-def _gpu_shares(gpus: Sequence[str], num_engines: int, engine_options: Sequence[str]) -> list[Share]:
-    """Each as many as its parallelism needs; the memory of a shared one is divided unless the user says otherwise."""
-    size = min(len(gpus), _gpus_per_engine(engine_options))
-    groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
-    engines_per_group = -(-num_engines // len(groups))
-    options: tuple[str, ...] = ()
-    if engines_per_group > 1 and not any(word.startswith(_GPU_MEMORY_OPTION) for word in engine_options):
-        options = (_GPU_MEMORY_OPTION, f"{_GPU_MEMORY_SHARE / engines_per_group:.2f}")
-    return [
-        Share({"CUDA_VISIBLE_DEVICES": ",".join(groups[index % len(groups)])}, options) for index in range(num_engines)
-    ]
+def _gpu_shares(gpus: Sequence[str], num_ranks: Sequence[int], engines: Sequence[Sequence[str]]) -> list[Share]:
+    """Neighbours, one a rank; the memory of a shared one is divided unless the user says otherwise."""
+    chosen = []
+    first = 0
+    for size in num_ranks:
+        if first + size > len(gpus):
+            first = 0
+        chosen.append(gpus[first : first + size])
+        first += size
+    num_users = Counter(itertools.chain.from_iterable(chosen))
+    given = []
+    for group, engine_options in zip(chosen, engines, strict=True):
+        most = max(num_users[gpu] for gpu in group)
+        options: tuple[str, ...] = ()
+        if most > 1 and not any(word.startswith(_GPU_MEMORY_OPTION) for word in engine_options):
+            options = (_GPU_MEMORY_OPTION, f"{_GPU_MEMORY_SHARE / most:.2f}")
+        given.append(Share({"CUDA_VISIBLE_DEVICES": ",".join(group)}, options))
+    return given
 
 
-def _gpus_per_engine(engine_options: Sequence[str]) -> int:
+def _num_ranks(engine_options: Sequence[str]) -> int:
     words = [part for word in engine_options for part in word.split("=", 1)]
     size = 1
     for option, value in itertools.pairwise(words):

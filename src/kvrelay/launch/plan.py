@@ -41,6 +41,9 @@ class UpConfig:
     engine: str = "vllm"
     engine_options: Sequence[str] = ()
     """For the engines of all workers; the coordinator is told those that concern it, too."""
+    prefill_options: Sequence[str] = ()
+    decode_options: Sequence[str] = ()
+    """More for the engines of one role, after the others."""
     coordinator_options: Sequence[str] = ()
     """More of `kvrelay coordinator`'s own."""
     kv_host_bytes: int = 2 << 30
@@ -85,9 +88,18 @@ def etcd_spec(arguments: Sequence[str], config: UpConfig, places: Places) -> Chi
 def cluster_specs(config: UpConfig, places: Places, devices: Devices) -> list[ChildSpec]:
     """The coordinator and all workers."""
     names = worker_ids(config)
-    given = shares(devices, len(names), config.engine_options, config.kv_cache_gib)
+    given = shares(devices, [_engine_options(name, config) for name in names], config.kv_cache_gib)
     workers = [_worker_spec(name, config, places, share) for name, share in zip(names, given, strict=True)]
     return [_coordinator_spec(config, places), *workers]
+
+
+def _role_of(worker_id: str) -> str:
+    return worker_id.partition("-")[0]
+
+
+def _engine_options(worker_id: str, config: UpConfig) -> list[str]:
+    own = config.prefill_options if _role_of(worker_id) == "prefill" else config.decode_options
+    return [*config.engine_options, *own]
 
 
 def _id_suffix(config: UpConfig) -> str:
@@ -115,13 +127,12 @@ def _front_end_options(engine_options: Sequence[str]) -> list[str]:
 
 
 def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> ChildSpec:
-    role = name.partition("-")[0]
-    arguments = [f"{role}-worker", *_shared_options(config, places)]
+    arguments = [f"{_role_of(name)}-worker", *_shared_options(config, places)]
     arguments += ["--worker-id", name, "--listen", "127.0.0.1:0"]
     arguments += ["--engine", config.engine, "--kv-host-bytes", str(config.kv_host_bytes)]
     if config.kv_disk_bytes:
         arguments += ["--kv-disk-bytes", str(config.kv_disk_bytes), "--kv-disk-path", str(config.kv_disk_path)]
-    if options := [*share.options, *config.engine_options]:
+    if options := [*share.options, *_engine_options(name, config)]:
         arguments += ["--", *options]
     return _spec(name, arguments, config, places, share)
 

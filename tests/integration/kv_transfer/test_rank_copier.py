@@ -59,6 +59,32 @@ def test_what_some_ranks_wrote_other_ranks_read(segment: Segment, num_writers: i
             assert not tensor[[0, 5, 7]].any(), "a block nobody asked for was written"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_a_slot_has_the_same_bytes_however_many_ranks_wrote_it(segment: Segment, num_ranks: int) -> None:
+    [whole] = caches(1, fill=True)
+    for copier in copiers(segment, caches(num_ranks, fill=True)):
+        copier.save([(4, 2)])
+    expected = b"".join(whole[str(layer)][2].view(torch.uint8).numpy().tobytes() for layer in range(LAYERS))
+    assert bytes(segment.slot_view(4)) == expected
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_a_rank_writes_its_own_heads_only(segment: Segment, num_ranks: int) -> None:
+    """Every byte is written by one rank, or, with more ranks than heads, by all those that hold its head."""
+    ranks = caches(num_ranks, fill=True)
+    num_writers = [0] * SLOT_BYTES
+    for rank, copier in enumerate(copiers(segment, ranks)):
+        written = [torch.full_like(layer, -1.0) for layer in ranks[rank].values()]
+        for cache, ones in zip(ranks[rank].values(), written, strict=True):
+            cache.copy_(ones)
+        segment.slot_view(4)[:] = bytes(SLOT_BYTES)
+        copier.save([(4, 2)], range(1))
+        copier.save([(4, 2)], range(1, LAYERS))
+        # -1 in bfloat16 has no byte that is 0.
+        num_writers = [count + bool(byte) for count, byte in zip(num_writers, segment.slot_view(4), strict=True)]
+    assert set(num_writers) == {max(1, num_ranks // HEADS)}
+
+
 def test_a_slot_holds_layer_head_token_element(segment: Segment) -> None:
     [cache] = caches(1, fill=True)
     copier = RankCopier(segment, cache, 0, 1, HEADS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from kvrelay.engine.reports import RankQuorum
 from kvrelay.kv_transfer.connector_plan import Copies
 from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, Pipe, RankReport, ReportReader
 from kvrelay.kv_transfer.rank_copier import RankLayout
@@ -26,14 +27,24 @@ NOTHING: Any = None
 class Rank:
     """One rank of an engine whose forward pass fills a layer's blocks with the layer's number."""
 
-    def __init__(self, segment: Segment, pipe: Pipe, *, layer_groups: int, half_batches: bool = False) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        pipe: Pipe,
+        *,
+        layer_groups: int,
+        half_batches: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
         extra = {"segment_path": segment.path, "report_path": pipe.writer_path, "layer_groups": layer_groups}
         config: Any = SimpleNamespace(
             kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
-            parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1, use_ubatching=half_batches),
+            parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=num_ranks, use_ubatching=half_batches),
             model_config=SimpleNamespace(get_total_num_kv_heads=lambda: HEADS),
         )
-        self.caches = {name: torch.zeros(BLOCKS, HEADS, TOKENS, ELEMENTS, dtype=torch.bfloat16) for name in NAMES}
+        shape = (BLOCKS, HEADS // num_ranks, TOKENS, ELEMENTS)
+        self.caches = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in NAMES}
         self.connector = KvRelayConnector(config, KVConnectorRole.WORKER, NOTHING)
         self.connector.register_kv_caches(self.caches)
         self.reader = ReportReader(pipe.read_fd)
@@ -136,6 +147,21 @@ def test_loads_are_over_before_the_pass_and_closed_comes_before_everything(segme
         assert not torch.any(rank.caches[name][:4])
     rank.end(copies)
     rank.connector.shutdown()
+
+
+def test_a_part_is_complete_when_every_rank_has_saved_its_heads(segment: Segment, pipe: Pipe) -> None:
+    ranks = [Rank(segment, pipe, layer_groups=2, rank=rank, num_ranks=2) for rank in range(2)]
+    assert RankLayout.read(segment.header).num_kv_heads == HEADS
+    quorum, copies = RankQuorum(2), Copies(streamed=[(3, 1, 7, 0)])
+    for number, rank in enumerate(ranks):
+        rank.begin(copies)
+        for layer in range(LAYERS):
+            rank.compute(layer)
+        complete = [report for report in ranks[0].reports() if quorum.complete(report)]
+        assert [(report.first_layer, report.num_layers) for report in complete] == ([(0, 3), (3, 2)] if number else [])
+        assert complete_layers(segment, 3) == (list(range(LAYERS)) if number else [])
+        rank.end(copies)
+        rank.connector.shutdown()
 
 
 def test_several_groups_keep_full_cuda_graphs_away() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import typer
 
-from kvrelay.cli.parsing import check_engine_options, parse_address, parse_addresses, parse_size
+from kvrelay.cli.parsing import check_engine_options, parse_address, parse_addresses, parse_engine_args, parse_size
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,12 @@ def test_engine_options_follow_two_dashes() -> None:
     assert check_engine_options(["--dtype", "float32"]) == ("--dtype", "float32")
     with pytest.raises(typer.BadParameter, match="'float32' is one word too many"):
         check_engine_options(["float32"])
+
+
+def test_engine_options_in_one_string() -> None:
+    assert parse_engine_args("-tp 2 --hf-overrides '{\"a\": 1}'") == ("-tp", "2", "--hf-overrides", '{"a": 1}')
+    assert parse_engine_args("") == ()
+    with pytest.raises(typer.BadParameter, match="is not a command line: No closing quotation"):
+        parse_engine_args("--dtype 'float32")
+    with pytest.raises(typer.BadParameter, match="has to begin with an option"):
+        parse_engine_args("float32")

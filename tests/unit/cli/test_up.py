@@ -63,6 +63,15 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
     assert config.environment["XDG_STATE_HOME"] == str(state_dir.parent)
 
 
+def test_each_role_has_engine_options_of_its_own(configs: list[UpConfig]) -> None:
+    own = ("--prefill-args", "--latency-ms '2'", "--decode-args=--latency-ms 3", "--http", "127.0.0.1:0")
+    assert run(*own, "--", "--vocab-size", "10").exit_code == 0
+    assert run("--http", "127.0.0.1:0").exit_code == 0
+    assert [list(config.engine_options) for config in configs] == [["--vocab-size", "10"], []]
+    assert [list(config.prefill_options) for config in configs] == [["--latency-ms", "2"], []]
+    assert [list(config.decode_options) for config in configs] == [["--latency-ms", "3"], []]
+
+
 def test_a_taken_port_is_told_in_one_line(configs: list[UpConfig], listener: str) -> None:
     result = run("--http", listener)
     assert result.exit_code == 2

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvrelay.engine.base import KvReportKind
 from kvrelay.engine.reports import RankQuorum
@@ -123,3 +125,19 @@ def test_each_part_of_a_block_counts_for_itself() -> None:
     first, second = ([RankReport(2, rank, 5, 0, 9, layer, 3) for rank in range(2)] for layer in (0, 3))
     reports = [first[0], second[0], second[1], first[1]]
     assert [quorum.complete(r) for r in reports] == [False, False, True, True]
+
+
+@given(num_ranks=st.integers(1, 5), num_blocks=st.integers(0, 4), data=st.data())
+def test_what_the_ranks_report_in_one_order_counts_in_that_order(
+    num_ranks: int, num_blocks: int, data: st.DataObject
+) -> None:
+    """However the pipe mixes them: so CLOSED never counts before the last rank's last copy."""
+    parts = [(block, layer) for layer in (0, 3) for block in range(num_blocks)]
+    one_rank = [(2, 5, block, 9 + block, layer, 3) for block, layer in parts] + [(1, 5, 2, 0, 0, 0), (3, 5, 0, 0, 0, 0)]
+    order = data.draw(st.permutations([rank for rank in range(num_ranks) for _ in one_rank]))
+    quorum, left, counted = RankQuorum(num_ranks), [iter(one_rank) for _ in range(num_ranks)], []
+    for rank in order:
+        kind, *rest = next(left[rank])
+        if quorum.complete(RankReport(kind, rank, *rest)):
+            counted.append((kind, *rest))
+    assert counted == one_rank

@@ -62,6 +62,14 @@ def test_engine_options_go_to_the_workers_behind_everything_else() -> None:
     assert "--" not in specs["coordinator"].arguments
 
 
+def test_each_role_has_options_of_its_own_after_the_common_ones() -> None:
+    config = dataclasses.replace(CONFIG, prefill_options=["-tp", "2"], decode_options=["--max-num-seqs", "8"])
+    specs = _specs(config)
+    assert list(specs["prefill-0"].arguments[-5:]) == ["--", "--dtype", "float32", "-tp", "2"]
+    assert list(specs["decode-1"].arguments[-5:]) == ["--", "--dtype", "float32", "--max-num-seqs", "8"]
+    assert [specs[name].environment["VLLM_CPU_OMP_THREADS_BIND"] for name in worker_ids(config)] == ["0|1", "0", "1"]
+
+
 def test_the_coordinator_hears_of_engine_options_that_concern_it() -> None:
     options = ["--dtype=float32", "--max-model-len=4096", "--trust-remote-code", "--tokenizer", "t"]
     config = dataclasses.replace(CONFIG, engine_options=options, coordinator_options=["--tool-parser", "hermes"])
