@@ -13,6 +13,7 @@ import openai
 import psutil
 import pytest
 
+from kvrelay.launch import devices
 from kvrelay.launch.state import default_state_dir
 from tests.support.live_cluster import LiveCluster
 from tests.support.otlp_receiver import OtlpReceiver, assert_one_tree
@@ -81,6 +82,17 @@ def test_a_second_up_says_where_the_first_is(default_cluster: LiveCluster) -> No
     assert second.returncode == 1
     assert default_cluster.state.http_url in second.stdout + second.stderr
     assert default_state_dir(environment).exists()
+
+
+def test_each_engine_is_one_process_on_its_own_cores(default_cluster: LiveCluster) -> None:
+    """Its worker stays free to run wherever there is room."""
+    given = devices.shares(devices.detect(os.environ), [[], []], 1)
+    for role, share in zip(("prefill", "decode"), given, strict=True):
+        worker = default_cluster.process_of(f"{role}-worker")
+        (engine,) = [child for child in worker.children(recursive=True) if child.name().startswith("VLLM")]
+        cores = {int(core) for core in share.environment["VLLM_CPU_OMP_THREADS_BIND"].split(",")}
+        assert set().union(*(os.sched_getaffinity(thread.id) for thread in engine.threads())) == cores
+        assert all(os.sched_getaffinity(t.id) == os.sched_getaffinity(0) for t in worker.threads())
 
 
 @pytest.mark.parametrize("command", ["decode-worker", "coordinator"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,10 +19,12 @@ from vllm import AsyncEngineArgs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.executor import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from kvrelay import logprobs, sampling
 from kvrelay.block_hash import layout_fingerprint
@@ -61,7 +64,7 @@ _OTHER_PARALLELISM = ("pipeline", "prefill_context", "decode_context")
 
 _CPU_LAYER_GROUPS = 6
 _SHUTDOWN_S = 4.0
-"""The engine core gets this long before it is killed; its ranks need 3 s to leave Python."""
+"""The engine core gets this long before it is killed; it needs 2.5 s to leave Python."""
 
 
 class EngineOptionError(ValueError):
@@ -190,7 +193,11 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
         args = parser.parse_args([*defaults, *config.options])
     except (SystemExit, argparse.ArgumentError, ValueError) as error:
         raise EngineOptionError(f"vLLM does not take the options {' '.join(config.options)}: {error}") from error
-    return AsyncEngineArgs.from_cli_args(args)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    if current_platform.is_cpu() and engine_args.tensor_parallel_size == 1:
+        # A process for the only rank polls for a second after every step, on a core that others use as well.
+        engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or UniProcExecutor
+    return engine_args
 
 
 def _engine_config(config: VllmEngineConfig, extra: dict[str, str | int]) -> VllmConfig:
@@ -212,9 +219,14 @@ def _engine_config(config: VllmEngineConfig, extra: dict[str, str | int]) -> Vll
 
 
 def _start_core(vllm_config: VllmConfig) -> AsyncMPClient:
-    client = EngineCoreClient.make_async_mp_client(
-        vllm_config=vllm_config, executor_class=Executor.get_class(vllm_config), log_stats=True
-    )
+    executor = Executor.get_class(vllm_config)
+    threads: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if issubclass(executor, UniProcExecutor):
+        # OpenMP reads when a process starts how many threads it has and on which cores; vLLM says so to ranks with
+        # processes of their own only.
+        threads = OMPProcessManager(vllm_config).configure_omp_envs(rank=0, local_rank=0)
+    with threads:
+        client = EngineCoreClient.make_async_mp_client(vllm_config=vllm_config, executor_class=executor, log_stats=True)
     assert isinstance(client, AsyncMPClient)
     return client
 
