@@ -38,6 +38,7 @@ from kvrelay.engine.base import (
     KvReportKind,
 )
 from kvrelay.engine.model_identity import model_identity
+from kvrelay.engine.processes import EngineProcesses
 from kvrelay.engine.reports import RankQuorum
 from kvrelay.kv_transfer import vllm_connector
 from kvrelay.kv_transfer.engine_pipes import Pipe, ReportReader, write_grants
@@ -64,7 +65,7 @@ _OTHER_PARALLELISM = ("pipeline", "prefill_context", "decode_context")
 
 _CPU_LAYER_GROUPS = 6
 _SHUTDOWN_S = 4.0
-"""The engine core gets this long before it is killed; it needs 2.5 s to leave Python."""
+"""The engine core gets this long before it is killed; alone it needs 2.5 s to leave Python, several ranks need more."""
 
 
 class EngineOptionError(ValueError):
@@ -94,6 +95,7 @@ class VllmEngine(Engine):
         self._reports = Pipe()
         self._grants = Pipe()
         self._ungranted: list[int] = []
+        self._processes = EngineProcesses()
 
     async def start(self, segment: Segment, on_kv_reports: Callable[[Sequence[KvReport]], None]) -> EngineInfo:
         extra: dict[str, str | int] = {
@@ -108,6 +110,7 @@ class VllmEngine(Engine):
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # Starting takes half a minute and blocks; signals are handled meanwhile.
         self._client = await asyncio.to_thread(_start_core, vllm_config)
+        self._processes.note()
         layout = RankLayout.read(segment.header)
         segment.configure(layout.slot_bytes)
         reader = ReportReader(self._reports.read_fd)
@@ -171,6 +174,7 @@ class VllmEngine(Engine):
             return
         asyncio.get_running_loop().remove_reader(self._reports.read_fd)
         await asyncio.to_thread(client.shutdown, _SHUTDOWN_S)
+        await asyncio.to_thread(self._processes.end)
         self._reports.close()
         self._grants.close()
 
