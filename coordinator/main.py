@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,7 +28,7 @@ from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.etcd import EtcdConfig, connect
 from kvrelay.grpc_options import server_options
 from kvrelay.membership import coordinator_key, follow_workers, register
-from kvrelay.signals import stop_on_signals
+from kvrelay.signals import StopSignals
 from kvrelay.tracing import Tracing, configure_tracing
 from kvrelay.tracing_grpc import TracingServerInterceptor
 from kvrelay.v1 import cluster_pb2, inference_pb2, inference_pb2_grpc
@@ -50,13 +51,15 @@ def run_coordinator(config: CoordinatorConfig) -> int:
 async def serve(config: CoordinatorConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Ends in this order: leave membership, NOT_SERVING, drain HTTP and gRPC, links to the workers,
-    telemetry. Raises what makes starting impossible, `OSError` for an address that is taken.
+    While it starts a signal ends the process at once. Later it ends in this order: leave membership, NOT_SERVING, drain
+    HTTP and gRPC, links to the workers, telemetry. Raises what makes starting impossible, `OSError` for an address that
+    is taken.
     """
-    stop = stop_on_signals()
+    signals = StopSignals(os._exit)
     tracing = configure_tracing("kvrelay-coordinator", config.otlp_endpoint, instance_id=config.coordinator_id)
     try:
         async with running(config, tracing) as info:
+            stop = signals.ready()
             _log.info("serving", http_url=info.http_url, grpc_address=info.grpc_address)
             await stop.wait()
             _log.info("leaving")

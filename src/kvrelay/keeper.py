@@ -127,7 +127,7 @@ def _wait(child: int, watched: set[signal.Signals], grace_s: float) -> int:
     """Until the child is gone, by itself or by a signal; other descendants are reaped on the way."""
     kill_at: float | None = None
     while True:
-        status = _reap(child)
+        status = reap(child)
         if status is not None:
             return status
         timeout_s = 3600.0 if kill_at is None else max(0.0, kill_at - time.monotonic())
@@ -144,7 +144,7 @@ def _wait(child: int, watched: set[signal.Signals], grace_s: float) -> int:
                 kill_at = time.monotonic()
 
 
-def _reap(child: int) -> int | None:
+def reap(child: int | None = None) -> int | None:
     """Collect whatever has ended; the child's exit status when it is among them."""
     found: int | None = None
     while True:
@@ -164,7 +164,7 @@ def _end_descendants() -> None:
     begin = time.monotonic()
     files: set[Path] = set()
     while time.monotonic() < begin + _KILL_TIMEOUT_S:
-        _reap(0)
+        reap()
         left = list(descendants(own))
         if not left:
             break

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import structlog
@@ -24,9 +25,10 @@ from kvrelay.engine.base import EngineDeadError, EngineInfo
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
+from kvrelay.launch.ending import end_at_once
 from kvrelay.launch.engines import EngineChoice, make_engine
 from kvrelay.prefill_worker.runner import PrefillRole
-from kvrelay.signals import stop_on_signals
+from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
@@ -64,14 +66,18 @@ class WorkerConfig:
 
 
 def run_worker(config: WorkerConfig) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    While the engine loads the first signal ends the process at once, later the second one; nothing is left either way.
+    """
     logs.configure(level=config.log_level, log_format=config.log_format)
     _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
     with tempfile.TemporaryDirectory(prefix="kvrelay-worker-") as scratch:
+        signals = StopSignals(lambda exit_code: end_at_once(exit_code, Path(scratch)))
         _prepare_process(scratch)
         exit_code = 0
         try:
-            uvloop.run(_serve(config))
+            uvloop.run(_serve(config, signals))
         except* EngineDeadError as dead:
             _log.error("engine died", error=str(dead.exceptions[0]))
             exit_code = EXIT_ENGINE_DEAD
@@ -91,13 +97,13 @@ def _prepare_process(scratch: str) -> None:
         libc.mallopt(option, value)
 
 
-async def _serve(config: WorkerConfig) -> None:
-    stop = stop_on_signals()
+async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
     name = cluster_pb2.Role.Name(config.role).removeprefix("ROLE_").lower() + "-worker"
     tracing = configure_tracing(f"kvrelay-{name}", config.otlp_endpoint, instance_id=config.worker_id)
     started = time.monotonic()
     try:
         async with open_host(make_engine(config.engine), config.store, tracing) as host:
+            stop = signals.ready()
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
             async with _server(config, host) as (info, health_servicer):
                 async with _membership(config, info) as registration:
