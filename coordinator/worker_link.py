@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from kvrelay.cancellation import raise_if_cancelled
 from kvrelay.errors import OverloadedError, WorkerLostError
 from kvrelay.grpc_options import open_channel
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
@@ -81,7 +82,7 @@ class WorkerLink:
         try:
             while True:
                 reason = await self._run_session()
-                _raise_if_cancelled()
+                raise_if_cancelled()
                 if self.connected:
                     pause_s = BACKOFF_INITIAL_S
                 self._disconnected(reason)
@@ -159,13 +160,6 @@ class WorkerLink:
             self._events.on_lost(self, reason)
         else:
             _log.info("no connection", worker_id=self.worker.worker_id, address=self.worker.address, reason=reason)
-
-
-def _raise_if_cancelled() -> None:
-    """Before Python 3.13 a TaskGroup that ends by an error forgets a cancellation that comes while it ends."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _describe(error: BaseException) -> str:

@@ -111,7 +111,7 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
                     await stop.wait()
                     _log.info("draining", requests=host.num_jobs)
                     info.state = cluster_pb2.WORKER_STATE_DRAINING
-                    registration.update(info)
+                    registration.put(info)
                     await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
                     await host.wait_idle(config.drain_s)
                 _log.info("leaving", requests=host.num_jobs)

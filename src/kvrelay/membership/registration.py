@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from google.protobuf.message import Message
 
+from kvrelay.cancellation import raise_if_cancelled
 from kvrelay.etcd import EtcdClient, EtcdError, EtcdUnavailableError, Lease, LeaseLostError, LeaseNotFoundError
 from kvrelay.etcd.transport import Backoff
 
@@ -20,48 +21,58 @@ _LEAVE_TIMEOUT_S = 2.0
 
 @asynccontextmanager
 async def register(
-    client: EtcdClient, key: bytes, record: Message, *, ttl_s: int = DEFAULT_TTL_S
+    client: EtcdClient, key: bytes, record: Message | None = None, *, ttl_s: int = DEFAULT_TTL_S
 ) -> AsyncIterator[Registration]:
-    """Keep `record` at `key` inside this context, under a lease that ends with this process.
+    """Keep a record at `key` inside this context, under a lease that ends with this process.
 
-    Entering does not wait for etcd and nothing fails while etcd is away: the record is written as soon as it can be,
-    and again under a new lease when the lease is lost. Leaving deletes the record, trying for two seconds.
+    Without `record` nothing happens before one is `put`. Nothing waits for etcd and nothing fails while etcd is away:
+    the record is written as soon as it can be, and again under a new lease when the lease is lost. Leaving deletes the
+    record, trying for two seconds. What the body raises comes out in an `ExceptionGroup`.
     """
-    registration = Registration(client, key, record, ttl_s)
-    task = asyncio.create_task(registration.run(), name=f"registration of {key.decode()}")
+    registration = Registration(client, key, ttl_s)
+    if record is not None:
+        registration.put(record)
     try:
-        yield registration
+        async with asyncio.TaskGroup() as tasks:
+            holding = tasks.create_task(registration.run(), name=f"registration of {key.decode()}")
+            try:
+                yield registration
+            finally:
+                holding.cancel()
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
         await registration.leave()
 
 
 class Registration:
     """One record under a lease. Made by `register`."""
 
-    def __init__(self, client: EtcdClient, key: bytes, record: Message, ttl_s: int) -> None:
+    def __init__(self, client: EtcdClient, key: bytes, ttl_s: int) -> None:
         self._client = client
         self._key = key
-        self._value = record.SerializeToString()
+        self._value: bytes | None = None
         self._ttl_s = ttl_s
         self._lease: Lease | None = None
         self._outdated = asyncio.Event()
         self._written = asyncio.Event()
 
-    def update(self, record: Message) -> None:
-        """Replace the record; it is written in the background. `wait_written` tells when."""
+    def put(self, record: Message) -> None:
+        """Set or replace the record; it is written in the background."""
         self._value = record.SerializeToString()
         self._written.clear()
         self._outdated.set()
+
+    async def update(self, record: Message) -> None:
+        """Replace the record, and wait until etcd holds it, however long etcd is away."""
+        self.put(record)
+        await self.wait_written()
 
     async def wait_written(self) -> None:
         """Until etcd holds the newest record under a lease that is kept."""
         await self._written.wait()
 
     async def run(self) -> None:
-        """Hold the record until cancelled."""
+        """Hold the record, once there is one, until cancelled."""
+        await self._outdated.wait()
         backoff = Backoff()
         while True:
             try:
@@ -74,6 +85,7 @@ class Registration:
                 logger.warning("cannot register %s yet: %s", self._key.decode(), error)
             except EtcdError as error:
                 logger.error("etcd refuses to register %s: %s", self._key.decode(), error)
+            raise_if_cancelled()
             self._written.clear()
             await asyncio.sleep(backoff.next_s())
 
@@ -92,8 +104,9 @@ class Registration:
         self._outdated.set()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._client.keep_alive(lease))
                 tasks.create_task(self._publish(lease))
+                # In the body, for an error that meets a task group at its end leaves its task marked as cancelled.
+                await self._client.keep_alive(lease)
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
@@ -102,6 +115,7 @@ class Registration:
         while True:
             await self._outdated.wait()
             self._outdated.clear()
+            assert self._value is not None
             try:
                 await self._client.put(self._key, self._value, lease_id=lease.lease_id)
             except LeaseNotFoundError:

@@ -64,8 +64,10 @@ async def test_join_update_leave(client: EtcdClient) -> None:
     async with _following(client) as members:
         async with register(client, KEY, _worker()) as registration:
             await members.until(lambda: "w" in members.current)
-            registration.update(_worker(cluster_pb2.WORKER_STATE_DRAINING))
-            await registration.wait_written()
+            await registration.update(_worker(cluster_pb2.WORKER_STATE_DRAINING))
+            entry = await client.get(KEY)
+            assert entry is not None
+            assert cluster_pb2.WorkerInfo.FromString(entry.value) == _worker(cluster_pb2.WORKER_STATE_DRAINING)
             await members.until(lambda: members.current["w"].state == cluster_pb2.WORKER_STATE_DRAINING)
         await members.until(lambda: not members.current)
     assert members.calls == [("join", "w"), ("update", "w"), ("leave", "w")]
@@ -93,7 +95,7 @@ async def test_nobody_leaves_while_etcd_is_away(client: EtcdClient, etcd: EtcdPr
         await members.until(lambda: members.connected is False)
         await etcd.start()
         await members.until(lambda: members.connected is True)
-        registration.update(_worker(cluster_pb2.WORKER_STATE_DRAINING))
+        await registration.update(_worker(cluster_pb2.WORKER_STATE_DRAINING))
         await members.until(lambda: members.calls[-1] == ("update", "w"))
         assert members.calls == [("join", "w"), ("update", "w")]
 
@@ -145,6 +147,15 @@ async def test_the_list_is_read_again_after_a_compaction(client: EtcdClient, etc
         await members.until(lambda: "w" in members.current)
         await client.delete(KEY)
         await members.until(lambda: not members.current)
+
+
+async def test_nothing_is_registered_before_there_is_a_record(client: EtcdClient) -> None:
+    async with register(client, KEY) as registration:
+        assert not (await client.list_prefix(b"/")).entries
+        registration.put(_worker())
+        await registration.wait_written()
+        assert await list_workers(client, CLUSTER) == [_worker()]
+    assert not (await client.list_prefix(b"/")).entries
 
 
 async def test_registering_does_not_wait_for_etcd(client: EtcdClient, etcd: EtcdProcess) -> None:
