@@ -45,8 +45,9 @@ class _Member:
         self.status = worker_pb2.WorkerStatus()
 
     @property
-    def is_idle(self) -> bool:
-        return not (self.prefills or self.sequences)
+    def is_done(self) -> bool:
+        """Whether it is to get nothing new and has nothing more to do."""
+        return (self.departed or self.view.draining) and not (self.prefills or self.sequences)
 
     def is_same_process(self, worker: cluster_pb2.WorkerInfo) -> bool:
         known = self.link.worker
@@ -86,7 +87,10 @@ class WorkerPool:
                 self._tasks = None
 
     def join(self, worker: cluster_pb2.WorkerInfo) -> None:
-        """Connect to a worker; a restarted one takes its predecessor's place, one that came back its own."""
+        """Connect to a worker; a restarted one takes its predecessor's place, one that came back its own.
+
+        One that drains is not connected.
+        """
         if self._tasks is None:
             raise RuntimeError("the worker pool is not running")
         if member := self._members.get(worker.worker_id):
@@ -94,13 +98,18 @@ class WorkerPool:
                 self.update(worker)
                 return
             self._cut(member)
+        if worker.state == cluster_pb2.WORKER_STATE_DRAINING:
+            return
         link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
         self._members[worker.worker_id] = _Member(link, task, _view_of(worker))
         _log.info("worker joined", worker_id=worker.worker_id, address=worker.address)
 
     def update(self, worker: cluster_pb2.WorkerInfo) -> None:
-        """Take a changed record; a new process or address means a new connection."""
+        """Take a changed record; a new process or address means a new connection.
+
+        A worker that drains gets nothing new, and is disconnected once it has finished what it has.
+        """
         member = self._members.get(worker.worker_id)
         if member is None or not member.is_same_process(worker):
             self.join(worker)
@@ -111,12 +120,13 @@ class WorkerPool:
         fresh.num_assigned = member.view.num_assigned
         member.view = fresh
         member.refresh_view()
+        self._retire(member)
         self._notify_changed()
 
     def leave(self, worker_id: str) -> None:
         """Give nothing new to a worker whose record is gone, and disconnect once it has finished what it has.
 
-        A worker takes its record away before it drains. Unknown ids are ignored.
+        Unknown ids are ignored.
         """
         if member := self._members.get(worker_id):
             _log.info("worker left", worker_id=worker_id)
@@ -209,8 +219,8 @@ class WorkerPool:
         return [member for member in self._members.values() if member.link.connected and not member.departed]
 
     def _retire(self, member: _Member) -> None:
-        """Disconnect from a worker that has left and has nothing to do."""
-        if member.departed and member.is_idle:
+        """Disconnect from a worker that leaves and has nothing to do: it waits for that."""
+        if member.is_done:
             self._members.pop(member.link.worker.worker_id, None)
             member.task.cancel()
 

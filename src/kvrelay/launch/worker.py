@@ -40,6 +40,8 @@ EXIT_ENGINE_DEAD = 3
 
 _MALLOC_OPTIONS = {-1: 1 << 30, -2: 64 << 20, -3: 1 << 30}
 """mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD."""
+_LEAVE_TIMEOUT_S = 2.0
+"""So long may etcd take to learn that this worker drains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class WorkerConfig:
     log_format: str = "console"
     log_level: str = "info"
     drain_s: float = 4.0
-    """How long requests may go on after SIGTERM."""
+    """How long requests may go on after SIGTERM, those that are on their way here included."""
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -79,9 +81,15 @@ def run_worker(config: WorkerConfig) -> int:
         try:
             uvloop.run(_serve(config, signals))
         except* EngineDeadError as dead:
-            _log.error("engine died", error=str(dead.exceptions[0]))
+            _log.error("engine died", error=str(_first_leaf(dead)))
             exit_code = EXIT_ENGINE_DEAD
     return exit_code
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _prepare_process(scratch: str) -> None:
@@ -98,31 +106,56 @@ def _prepare_process(scratch: str) -> None:
 
 
 async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
+    """Ends in this order: leave membership, NOT_SERVING, drain, server, loops, engine, lease, telemetry."""
     name = cluster_pb2.Role.Name(config.role).removeprefix("ROLE_").lower() + "-worker"
     tracing = configure_tracing(f"kvrelay-{name}", config.otlp_endpoint, instance_id=config.worker_id)
     started = time.monotonic()
     try:
-        async with open_host(make_engine(config.engine), config.store, tracing) as host:
+        async with (
+            etcd.connect(etcd.EtcdConfig(endpoints=config.etcd)) as client,
+            membership.register(client, membership.worker_key(config.cluster, config.worker_id)) as registration,
+            open_host(make_engine(config.engine), config.store, tracing) as host,
+        ):
             stop = signals.ready()
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
-            async with _server(config, host) as (info, health_servicer):
-                async with _membership(config, info) as registration:
-                    _log.info("serving", address=info.address, worker_id=info.worker_id)
-                    await stop.wait()
-                    _log.info("draining", requests=host.num_jobs)
-                    info.state = cluster_pb2.WORKER_STATE_DRAINING
-                    registration.put(info)
-                    await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-                    await host.wait_idle(config.drain_s)
+            async with _server(config, host) as served:
+                registration.put(served.info)
+                _log.info("serving", address=served.info.address, worker_id=config.worker_id)
+                await stop.wait()
+                await _drain(config.drain_s, host, served, registration)
                 _log.info("leaving", requests=host.num_jobs)
     finally:
         tracing.shutdown()
 
 
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What is open to others."""
+
+    info: cluster_pb2.WorkerInfo
+    service: WorkerService
+    health: health.aio.HealthServicer
+
+
+async def _drain(drain_s: float, host: WorkerHost, served: _Served, registration: membership.Registration) -> None:
+    """Take nothing new, and let requests end that are here or on their way here, for `drain_s` at most."""
+    _log.info("draining", requests=host.num_jobs)
+    served.info.state = cluster_pb2.WORKER_STATE_DRAINING
+    deadline = time.monotonic() + drain_s
+    try:
+        async with asyncio.timeout(min(_LEAVE_TIMEOUT_S, drain_s)):
+            await registration.update(served.info)
+    except TimeoutError:
+        _log.warning("etcd does not answer: coordinators do not know that this worker leaves")
+    await served.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(deadline - time.monotonic()):
+            await served.service.wait_hung_up()
+            await host.wait_idle()
+
+
 @contextlib.asynccontextmanager
-async def _server(
-    config: WorkerConfig, host: WorkerHost
-) -> AsyncIterator[tuple[cluster_pb2.WorkerInfo, health.aio.HealthServicer]]:
+async def _server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[_Served]:
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
     port = server.add_insecure_port(config.listen)
     listening = f"{_host_of(config.listen)}:{port}"
@@ -150,7 +183,7 @@ async def _server(
     reflection.enable_server_reflection(names, server)
     await server.start()
     try:
-        yield info, health_servicer
+        yield _Served(info, service, health_servicer)
     finally:
         await server.stop(None)
         await asyncio.to_thread(push_server.stop)
@@ -158,16 +191,6 @@ async def _server(
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0]
-
-
-@contextlib.asynccontextmanager
-async def _membership(config: WorkerConfig, info: cluster_pb2.WorkerInfo) -> AsyncIterator[membership.Registration]:
-    key = membership.worker_key(config.cluster, info.worker_id)
-    async with (
-        etcd.connect(etcd.EtcdConfig(endpoints=config.etcd)) as client,
-        membership.register(client, key, info) as registration,
-    ):
-        yield registration
 
 
 def _worker_info(config: WorkerConfig, engine: EngineInfo, address: str) -> cluster_pb2.WorkerInfo:

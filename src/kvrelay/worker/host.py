@@ -30,6 +30,7 @@ from kvrelay.worker.submission import PartHandler, Sink, Submission
 from kvrelay.worker.work import Work
 
 _EXPIRE_INTERVAL_S = 1.0
+_IDLE_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +84,6 @@ class WorkerHost:
         self._num_granted = 0
         self._queued_tokens = 0
         self.num_jobs = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     async def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
         """The hashes of a prompt and what the store has of it, pinned once; blocks on disk are brought back before.
@@ -171,19 +170,15 @@ class WorkerHost:
     def job(self) -> Iterator[None]:
         """Around everything that a role does for one request."""
         self.num_jobs += 1
-        self._idle.clear()
         try:
             yield
         finally:
             self.num_jobs -= 1
-            if not self.num_jobs:
-                self._idle.set()
 
-    async def wait_idle(self, timeout_s: float) -> None:
-        """Until no role works on a request, or the time is over."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+    async def wait_idle(self) -> None:
+        """Until no role works on a request, and no blocks are held or coming for one that is still elsewhere."""
+        while self.num_jobs or self.receiver.num_transfers:  # noqa: ASYNC110 - once in a worker's life
+            await asyncio.sleep(_IDLE_POLL_S)
 
     def abort(self, submission: Submission) -> None:
         """End a request early; its slots come back as soon as the engine lets go of them."""

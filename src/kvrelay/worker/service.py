@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import structlog
@@ -28,6 +30,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._status = status
         self._prefill = prefill
         self._decode = decode
+        self._num_sessions = 0
+        self._hung_up = asyncio.Event()
+        self._hung_up.set()
+
+    async def wait_hung_up(self) -> None:
+        """Until no coordinator has a session. From a worker that drains they hang up when they have nothing there."""
+        await self._hung_up.wait()
 
     async def Session(  # type: ignore[override]
         self,
@@ -38,12 +47,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is hello")
-        log = _log.bind(coordinator_id=hello.hello.coordinator_id)
-        log.info("session opened")
-        await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._info())))
-        try:
+        with self._session(hello.hello.coordinator_id):
+            await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._info())))
             await Session(self._prefill, self._decode, self._status).run(request_iterator, context.write)
+
+    @contextlib.contextmanager
+    def _session(self, coordinator_id: str) -> Iterator[None]:
+        log = _log.bind(coordinator_id=coordinator_id)
+        log.info("session opened")
+        self._num_sessions += 1
+        self._hung_up.clear()
+        try:
+            yield
         finally:
+            self._num_sessions -= 1
+            if not self._num_sessions:
+                self._hung_up.set()
             log.info("session closed")
 
     async def GetStatus(

@@ -116,7 +116,27 @@ async def test_load_that_others_gave_counts_as_the_worker_reports_it(start_worke
         await until(lambda: view.num_running_requests == 0)
 
 
-async def test_draining_worker_keeps_its_stream_and_is_seen_as_draining(start_worker: StartWorker) -> None:
+async def test_draining_worker_keeps_its_stream_until_it_has_finished_what_it_has(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1")
+    pool, listener = WorkerPool("c"), Listener()
+    async with pool.running(listener):
+        pool.join(worker.info)
+        await connected(pool, "d1")
+        pool.reserve_sequences("d1", "r", 1)
+        worker.info.state = cluster_pb2.WORKER_STATE_DRAINING
+        pool.update(worker.info)
+        assert [view.draining for view in pool.views()] == [True]
+        pool.send_decode("d1", decode("r"))
+        await worker.wait_for("decode")
+        assert not worker.num_ended
+        pool.release_sequences("d1", "r")
+        await until(lambda: worker.num_ended)
+        assert not listener.lost
+
+
+async def test_draining_worker_that_has_nothing_is_disconnected_and_not_connected_again(
+    start_worker: StartWorker,
+) -> None:
     worker = await start_worker("d1")
     pool, listener = WorkerPool("c"), Listener()
     async with pool.running(listener):
@@ -124,10 +144,13 @@ async def test_draining_worker_keeps_its_stream_and_is_seen_as_draining(start_wo
         await connected(pool, "d1")
         worker.info.state = cluster_pb2.WORKER_STATE_DRAINING
         pool.update(worker.info)
-        assert [view.draining for view in pool.views()] == [True]
-        pool.send_decode("d1", decode("r"))
-        await worker.wait_for("decode")
-        assert not listener.lost
+        await until(lambda: worker.num_ended)
+        pool.update(worker.info)
+        assert not pool.views()
+        worker.info.state = cluster_pb2.WORKER_STATE_READY
+        pool.update(worker.info)
+        await connected(pool, "d1")
+        assert worker.num_sessions == 2
 
 
 async def test_restarted_worker_takes_its_predecessors_place(start_worker: StartWorker) -> None:

@@ -162,3 +162,15 @@ async def test_slots_are_lent_to_the_engine_up_to_the_limit_and_again() -> None:
         await submission.closed.wait()
         assert host.status("w").store.num_granted == most
         assert host.status("w").store.num_evictable == (len(PROMPT) + 50 - 1) // 4
+
+
+async def test_it_is_not_idle_while_blocks_are_held_for_a_request_that_is_still_elsewhere() -> None:
+    async with open_host(FragileEngine(), STORE, Tracing()) as host:
+        await host.wait_idle()
+        host.receiver.offer("r", host.info.layout, bytes(16))
+        waiting = asyncio.create_task(host.wait_idle())
+        _, pending = await asyncio.wait([waiting], timeout=0.1)
+        assert pending
+        host.receiver.let_go("r")
+        async with asyncio.timeout(10):
+            await waiting
