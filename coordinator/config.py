@@ -34,4 +34,4 @@ class CoordinatorConfig:
     log_format: str = "console"
     log_level: str = "info"
     drain_s: float = 5.0
-    """How long requests may go on after SIGTERM."""
+    """How long leaving and requests may go on after SIGTERM, all together."""

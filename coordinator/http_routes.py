@@ -85,7 +85,8 @@ class Routes:
     async def ready(self, call: Call) -> None:
         if not self._ready():
             raise HttpError(
-                status=HTTPStatus.SERVICE_UNAVAILABLE, message="no decode worker serves the model now; try again later"
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+                message="no decode worker serves the model now, or this coordinator stops; try again later",
             )
         await call.reply.json({"status": "ready"})
 

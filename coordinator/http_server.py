@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -30,11 +29,24 @@ class _Server(uvicorn.Server):
         self.listening.set()
 
 
-@contextlib.asynccontextmanager
-async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator[int]:
-    """Serve inside this context; yields the port.
+class HttpServer:
+    """A server that listens. Made by `http_server`."""
 
-    Leaving it takes no new connections, lets responses end for `drain_s` and cancels the rest.
+    def __init__(self, server: uvicorn.Server, port: int) -> None:
+        self._server = server
+        self.port = port
+
+    def begin_drain(self, drain_s: float) -> None:
+        """Take no new connections from now on, let responses end for so long and cancel the rest; does not wait."""
+        # uvicorn hands it to asyncio.wait_for, which takes fractions.
+        self._server.config.timeout_graceful_shutdown = drain_s  # type: ignore[assignment]
+        self._server.should_exit = True
+
+
+@contextlib.asynccontextmanager
+async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator[HttpServer]:
+    """Serve inside this context. Leaving it drains for `drain_s`, or waits for a drain that has begun.
+
     Raises `OSError` when the address cannot be had.
     """
     with _bind(listen) as listener:
@@ -47,16 +59,17 @@ async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=math.ceil(drain_s),
         )
         server = _Server(config)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve(sockets=[listener]), name="http server")
             await server.listening.wait()
+            http = HttpServer(server, listener.getsockname()[1])
             try:
-                yield listener.getsockname()[1]
+                yield http
             finally:
-                server.should_exit = True
+                if not server.should_exit:
+                    http.begin_drain(drain_s)
 
 
 def split_address(address: str) -> tuple[str, int]:

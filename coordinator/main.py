@@ -51,9 +51,9 @@ def run_coordinator(config: CoordinatorConfig) -> int:
 async def serve(config: CoordinatorConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    While it starts a signal ends the process at once. Later it ends in this order: leave membership, NOT_SERVING, drain
-    HTTP and gRPC, links to the workers, telemetry. Raises what makes starting impossible, `OSError` for an address that
-    is taken.
+    While it starts a signal ends the process at once. Later it ends in this order: not ready, leave membership,
+    NOT_SERVING, drain HTTP and gRPC at the same time, links to the workers, telemetry. Raises what makes starting
+    impossible, `OSError` for an address that is taken.
     """
     signals = StopSignals(os._exit)
     tracing = configure_tracing("kvrelay-coordinator", config.otlp_endpoint, instance_id=config.coordinator_id)
@@ -71,11 +71,12 @@ async def serve(config: CoordinatorConfig) -> None:
 async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[cluster_pb2.CoordinatorInfo]:
     """A registered coordinator; yields its record once both of its ports are open."""
     pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
+    stopping = _Stopping(config.drain_s)
     with _cluster_engine(config, pool, tracing) as engine:
         app = build_app(
             engine,
             served_model_name=engine.served_model_name,
-            ready=lambda: engine.is_ready,
+            ready=lambda: engine.is_ready and not stopping.has_begun,
             limits=config.limits,
             options=config.serving,
         )
@@ -87,14 +88,39 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
             try:
                 async with (
-                    http_server(app, config.http_listen, drain_s=config.drain_s) as http_port,
-                    _grpc_server(config, engine, tracing) as grpc_port,
+                    http_server(app, config.http_listen, drain_s=config.drain_s) as http,
+                    _grpc_server(config, engine, tracing, stopping) as grpc_port,
                 ):
-                    info = _info(config, http_port, grpc_port)
-                    async with register(etcd, coordinator_key(config.cluster, config.coordinator_id), info):
-                        yield info
+                    info = _info(config, http.port, grpc_port)
+                    try:
+                        async with register(etcd, coordinator_key(config.cluster, config.coordinator_id), info):
+                            try:
+                                yield info
+                            finally:
+                                stopping.begin()
+                    finally:
+                        http.begin_drain(stopping.left_s())
             finally:
                 following.cancel()
+
+
+class _Stopping:
+    """Whether this process stops, and what is left of the time that leaving and draining share."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._budget_s = budget_s
+        self._deadline: float | None = None
+
+    def begin(self) -> None:
+        self._deadline = time.monotonic() + self._budget_s
+
+    @property
+    def has_begun(self) -> bool:
+        return self._deadline is not None
+
+    def left_s(self) -> float:
+        """All of it before it has begun."""
+        return self._budget_s if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
 
 @contextlib.contextmanager
@@ -113,8 +139,10 @@ def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracin
 
 
 @contextlib.asynccontextmanager
-async def _grpc_server(config: CoordinatorConfig, engine: ClusterEngine, tracing: Tracing) -> AsyncIterator[int]:
-    """Inference, health and reflection; yields the port. Leaving it drains for `drain_s`."""
+async def _grpc_server(
+    config: CoordinatorConfig, engine: ClusterEngine, tracing: Tracing, stopping: _Stopping
+) -> AsyncIterator[int]:
+    """Inference, health and reflection; yields the port. Leaving it drains as long as there is time."""
     server = grpc.aio.server(
         options=server_options(max_message_bytes=config.limits.max_body_bytes),
         interceptors=[TracingServerInterceptor(tracing, _SERVICE)],
@@ -133,7 +161,7 @@ async def _grpc_server(config: CoordinatorConfig, engine: ClusterEngine, tracing
         finally:
             publishing.cancel()
             await servicer.enter_graceful_shutdown()
-            await server.stop(config.drain_s)
+            await server.stop(stopping.left_s())
 
 
 async def _publish_health(engine: ClusterEngine, servicer: health.aio.HealthServicer) -> None:

@@ -62,10 +62,10 @@ async def gateway(
             limits=limits,
             options=options,
         )
-        async with http_server(app, "127.0.0.1:0", drain_s=1) as port:
-            url = f"http://127.0.0.1:{port}"
+        async with http_server(app, "127.0.0.1:0", drain_s=1) as server:
+            url = f"http://127.0.0.1:{server.port}"
             async with (
                 httpx.AsyncClient(base_url=url, timeout=20) as http,
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
             ):
-                yield GatewayUnderTest(cluster, port, http, client)
+                yield GatewayUnderTest(cluster, server.port, http, client)

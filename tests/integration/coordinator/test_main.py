@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,7 @@ def config_of(endpoint: str, model_folder: Path, **values: Any) -> CoordinatorCo
         http_listen="127.0.0.1:0",
         grpc_listen="127.0.0.1:0",
         front_end=FrontEndConfig(model=str(model_folder), served_model_name=MODEL),
-        drain_s=1.0,
-        **values,
+        **{"drain_s": 1.0, **values},
     )
 
 
@@ -112,6 +112,69 @@ async def test_is_listed_in_etcd_as_long_as_it_runs(model_folder: Path) -> None:
             assert info.http_url.startswith("http://localhost:")
             assert info.model == MODEL
         assert not (await client.list_prefix(coordinators_prefix("default"))).entries
+
+
+async def test_http_and_grpc_drain_at_the_same_time(model_folder: Path) -> None:
+    """One request of each that never ends."""
+    drain_s = 1.5
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint, client = await stack.enter_async_context(etcd_client())
+        fake = await stack.enter_async_context(worker(client, "d1", cluster_pb2.ROLE_DECODE, None))
+        coordinator = await stack.enter_async_context(contextlib.AsyncExitStack())
+        config = config_of(endpoint, model_folder, drain_s=drain_s)
+        info = await coordinator.enter_async_context(running(config, Tracing()))
+        channel = await stack.enter_async_context(open_channel(info.grpc_address))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=info.http_url, timeout=20))
+        await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        request = inference_pb2.GenerateRequest(token_ids=common_pb2.TokenIds(ids=[5]))
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+        body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 2}
+        asking = asyncio.create_task(http.post("/v1/completions", json=body))
+        await fake.wait_for("decode", 2)
+
+        began = time.monotonic()
+        await coordinator.aclose()
+        assert drain_s * 0.9 < time.monotonic() - began < drain_s * 1.8
+        with contextlib.suppress(httpx.HTTPError):
+            await asking
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+
+
+async def test_it_is_not_ready_any_more_as_soon_as_it_stops(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving, may_leave = asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def slow_register(*_: object) -> AsyncIterator[None]:
+        yield
+        leaving.set()
+        await may_leave.wait()
+
+    monkeypatch.setattr("kvrelay.coordinator.main.register", slow_register)
+    stop = asyncio.Event()
+    started: asyncio.Queue[cluster_pb2.CoordinatorInfo] = asyncio.Queue()
+
+    async def serve(endpoint: str) -> None:
+        async with running(config_of(endpoint, model_folder), Tracing()) as info:
+            started.put_nowait(info)
+            await stop.wait()
+
+    async with (
+        etcd_client() as (endpoint, client),
+        worker(client, "d1", cluster_pb2.ROLE_DECODE, None),
+        asyncio.TaskGroup() as tasks,
+    ):
+        tasks.create_task(serve(endpoint))
+        info = await started.get()
+        async with httpx.AsyncClient(base_url=info.http_url) as http, open_channel(info.grpc_address) as channel:
+            await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.SERVING)
+            assert (await http.get("/ready")).status_code == 200
+            stop.set()
+            await leaving.wait()
+            assert (await http.get("/ready")).status_code == 503
+            may_leave.set()
 
 
 async def test_services_can_be_reflected(model_folder: Path) -> None:
