@@ -4,6 +4,7 @@
 
 HTTP_PORT=8000
 GRPC_PORT=50051
+# Of the first worker; the next port takes its KV blocks, the one after that is the next worker's.
 WORKER_PORT=7001
 ETCD_PORT=2379
 
@@ -116,8 +117,9 @@ worker_command() {
   COMMAND=(@kvrelay "${ROLES[$1]}-worker" --etcd "$ETCD" --cluster "$CLUSTER")
   if [[ ${MODELS[$1]} != - ]]; then COMMAND+=(--model "${MODELS[$1]}"); fi
   add_default worker-id "${NAMES[$1]}-$TOKEN"
-  add_default listen "$(listen_host "${ADDRESSES[$1]}"):$((WORKER_PORT + NUMBERS[$1]))"
+  add_default listen "$(listen_host "${ADDRESSES[$1]}"):$((WORKER_PORT + 2 * NUMBERS[$1]))"
   listen=$(option_value listen "${COMMAND[@]}" "${words[@]}")
+  if [[ $listen =~ :[1-9][0-9]*$ ]]; then add_default kv-listen "${listen%:*}:$((${listen##*:} + 1))"; fi
   add_default advertise "${ADDRESSES[$1]}:${listen##*:}"
   ADDRESS=$(option_value advertise "${COMMAND[@]}" "${words[@]}")
   WORKER_ID=$(option_value worker-id "${COMMAND[@]}" "${words[@]}")

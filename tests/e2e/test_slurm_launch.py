@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import slurm
 from tests.support.ssh_launch import ROOT, processes_with
-from tests.support.sshd import free_port
+from tests.support.sshd import free_port, free_port_pair
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,7 +40,8 @@ def job(directory: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
         "LOG_DIR": str(directory / "logs"),
         "WORKER_OPTIONS": "--engine simulated --served-model-name m --kv-host-bytes 64MiB",
         "COORDINATOR_OPTIONS": "--served-model-name m",
-        **{name: str(free_port()) for name in ("HTTP_PORT", "GRPC_PORT", "ETCD_PORT", "PREFILL_PORT", "DECODE_PORT")},
+        **{name: str(free_port()) for name in ("HTTP_PORT", "GRPC_PORT", "ETCD_PORT")},
+        **{name: str(free_port_pair()) for name in ("PREFILL_PORT", "DECODE_PORT")},
         **variables,
     }
     process = subprocess.Popen(

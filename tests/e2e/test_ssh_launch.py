@@ -12,7 +12,7 @@ import pytest
 
 from kvrelay.client.workers import WorkerRow, collect_workers
 from tests.support.ssh_launch import make_launch, processes_with
-from tests.support.sshd import find_sshd, free_port, sshd
+from tests.support.sshd import find_sshd, free_port, free_port_pair, sshd
 
 SSHD = find_sshd()
 pytestmark = [
@@ -46,7 +46,8 @@ def workers(etcd: str) -> list[WorkerRow]:
 
 
 def test_a_cluster_on_two_machines(tmp_path: Path, settings: dict[str, str]) -> None:
-    etcd, http, grpc, prefill, decode = (free_port() for _ in range(5))
+    etcd, http, grpc = (free_port() for _ in range(3))
+    prefill, decode = free_port_pair(), free_port_pair()
     launch = make_launch(
         tmp_path,
         f"# host role devices model options\n"
@@ -104,7 +105,7 @@ def test_a_cluster_on_two_machines(tmp_path: Path, settings: dict[str, str]) -> 
 
 
 def test_a_start_that_fails_is_undone(tmp_path: Path, settings: dict[str, str]) -> None:
-    etcd, decode = free_port(), free_port()
+    etcd, decode = free_port(), free_port_pair()
     launch = make_launch(
         tmp_path,
         f"{FIRST} etcd - - --advertise-client-urls http://{FIRST}:{etcd}\n"

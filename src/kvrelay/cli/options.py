@@ -171,6 +171,16 @@ KvListenOption = Annotated[
         help="Where KV blocks come in. Default: the host of --listen, a free port; name one to open a firewall for it.",
     ),
 ]
+KvAdvertiseOption = Annotated[
+    Address | None,
+    typer.Option(
+        "--kv-advertise",
+        parser=parse_address,
+        metavar="HOST:PORT",
+        rich_help_panel=NETWORK,
+        help="Where the others send KV blocks. Default: the host of --advertise, the port of --kv-listen.",
+    ),
+]
 AdvertiseOption = Annotated[
     Address | None,
     typer.Option(

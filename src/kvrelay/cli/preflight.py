@@ -62,8 +62,13 @@ def check_otlp(endpoint: str | None) -> None:
 
 def advertised(listen: Address, advertise: Address | None) -> Address | None:
     """What to register. Leaves with a message when `listen` is all interfaces and nothing is said."""
-    if advertise is not None and advertise.port == 0:
-        fail(f"--advertise {advertise} needs the port that others dial", WRONG_USAGE)
     if advertise is None and listen.host in (ALL_INTERFACES, "::"):
         fail(f"others cannot dial {listen}; say with --advertise HOST:PORT where they reach this worker", WRONG_USAGE)
-    return advertise
+    return check_dialled("--advertise", advertise)
+
+
+def check_dialled(option: str, address: Address | None) -> Address | None:
+    """The address itself. Leaves with a message when it has no port."""
+    if address is not None and address.port == 0:
+        fail(f"{option} {address} needs the port that others dial", WRONG_USAGE)
+    return address

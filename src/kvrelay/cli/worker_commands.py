@@ -13,7 +13,7 @@ from kvrelay.cli import options as opt
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import find_model
 from kvrelay.cli.parsing import Address, Addresses, check_engine_options
-from kvrelay.cli.preflight import advertised, check_can_listen, check_disk, check_etcd, check_otlp
+from kvrelay.cli.preflight import advertised, check_can_listen, check_dialled, check_disk, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
 
 LOOPBACK = Address("127.0.0.1", 0)
@@ -54,6 +54,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
         listen: opt.ListenOption = LOOPBACK,
         kv_listen: opt.KvListenOption = None,
         advertise: opt.AdvertiseOption = None,
+        kv_advertise: opt.KvAdvertiseOption = None,
         otlp: opt.OtlpOption = None,
         log_format: opt.LogFormatOption = opt.LogFormat.CONSOLE,
         log_level: opt.LogLevelOption = opt.LogLevel.INFO,
@@ -71,6 +72,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
             listen=listen,
             kv_listen=kv_listen,
             advertise=advertised(listen, advertise),
+            kv_advertise=check_dialled("--kv-advertise", kv_advertise),
             engine_args=check_engine_options(engine_args),
             otlp=otlp,
             log_format=log_format,
@@ -95,6 +97,7 @@ class _WorkerFlags:
     listen: Address
     kv_listen: Address | None
     advertise: Address | None
+    kv_advertise: Address | None
     engine_args: tuple[str, ...]
     otlp: str | None
     log_format: opt.LogFormat
@@ -123,6 +126,7 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _WorkerFlags) -> None
             listen=str(flags.listen),
             kv_listen=str(flags.kv_listen) if flags.kv_listen else None,
             advertise=str(flags.advertise) if flags.advertise else None,
+            kv_advertise=str(flags.kv_advertise) if flags.kv_advertise else None,
             engine=EngineChoice(
                 kind=flags.engine.value,
                 model=found.path,

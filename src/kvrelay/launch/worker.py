@@ -30,7 +30,7 @@ from kvrelay.launch.engines import EngineChoice, make_engine
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
-from kvrelay.v1 import cluster_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
 
@@ -58,6 +58,8 @@ class WorkerConfig:
     """host:port that others dial; where it listens when None."""
     kv_listen: str | None = None
     """host:port where KV blocks come in, on the host that is advertised; a free port when None."""
+    kv_advertise: str | None = None
+    """host:port where others send KV blocks; the advertised host and the port of `kv_listen` when None."""
     engine: EngineChoice
     store: StoreConfig = field(default_factory=StoreConfig)
     otlp_endpoint: str | None = None
@@ -118,7 +120,7 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
         ):
             stop = signals.ready()
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
-            async with _server(config, host) as served:
+            async with open_server(config, host) as served:
                 registration.put(served.info)
                 _log.info("serving", address=served.info.address, worker_id=config.worker_id)
                 await stop.wait()
@@ -129,7 +131,7 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
+class Served:
     """What is open to others."""
 
     info: cluster_pb2.WorkerInfo
@@ -137,7 +139,7 @@ class _Served:
     health: health.aio.HealthServicer
 
 
-async def _drain(drain_s: float, host: WorkerHost, served: _Served, registration: membership.Registration) -> None:
+async def _drain(drain_s: float, host: WorkerHost, served: Served, registration: membership.Registration) -> None:
     """Take nothing new, and let requests end that are here or on their way here, for `drain_s` at most."""
     _log.info("draining", requests=host.num_jobs)
     served.info.state = cluster_pb2.WORKER_STATE_DRAINING
@@ -155,7 +157,8 @@ async def _drain(drain_s: float, host: WorkerHost, served: _Served, registration
 
 
 @contextlib.asynccontextmanager
-async def _server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[_Served]:
+async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[Served]:
+    """The worker's two ports, open inside this context. Raises `OSError` when one is taken."""
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
     port = server.add_insecure_port(config.listen)
     listening = f"{_host_of(config.listen)}:{port}"
@@ -169,21 +172,21 @@ async def _server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[_Serv
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     push_server = PushServer(host.receiver)
     push_port = push_server.start(config.kv_listen or f"{_host_of(config.listen)}:0")
-    push_address = f"{_host_of(info.address)}:{push_port}"
+    push_address = config.kv_advertise or f"{_host_of(info.address)}:{push_port}"
     kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    # Not KvTransfer: half of its methods are served at the other port.
     names = (
         worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
-        kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
         health.SERVICE_NAME,
         reflection.SERVICE_NAME,
     )
     reflection.enable_server_reflection(names, server)
     await server.start()
     try:
-        yield _Served(info, service, health_servicer)
+        yield Served(info, service, health_servicer)
     finally:
         await server.stop(None)
         await asyncio.to_thread(push_server.stop)

@@ -44,7 +44,20 @@ def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) ->
     result = run(
         *("decode-worker", "--etcd", f"{etcd},other:2379", "--cluster", "c", "--worker-id", "d1"),
         *("--engine", "simulated", "--model", "/m/tiny", "--kv-host-bytes", "1GiB", "--listen", "127.0.0.1:0"),
-        *("--advertise", "host:7", "--otlp", "http://o:4317", "--log-format", "json", "--log-level", "warning"),
+        *(
+            "--advertise",
+            "host:7",
+            "--kv-listen",
+            ":0",
+            "--kv-advertise",
+            "nat:9",
+            "--otlp",
+            "http://o:4317",
+            "--log-format",
+            "json",
+            "--log-level",
+            "warning",
+        ),
         *("--", "--vocab-size", "10"),
     )
     assert result.exit_code == 0, result.output
@@ -52,6 +65,7 @@ def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) ->
     assert (config.role, config.worker_id, config.cluster) == (cluster_pb2.ROLE_DECODE, "d1", "c")
     assert list(config.etcd) == [etcd, "other:2379"]
     assert (config.listen, config.advertise) == ("127.0.0.1:0", "host:7")
+    assert (config.kv_listen, config.kv_advertise) == ("0.0.0.0:0", "nat:9")
     assert (config.engine.kind, config.engine.served_model_name) == ("simulated", "tiny")
     assert list(config.engine.options) == ["--vocab-size", "10"]
     assert config.store.size_bytes == 1 << 30
@@ -66,7 +80,7 @@ def test_defaults(etcd: str, configs: list[WorkerConfig], tmp_path: Path) -> Non
     assert config.worker_id.startswith("prefill-")
     assert (config.engine.kind, config.engine.model) == ("vllm", str(tmp_path))
     assert config.engine.served_model_name == tmp_path.name
-    assert (config.advertise, config.otlp_endpoint) == (None, None)
+    assert (config.advertise, config.kv_listen, config.kv_advertise, config.otlp_endpoint) == (None,) * 4
 
 
 def test_the_exit_code_of_the_process_is_passed_on(etcd: str, configs: list[WorkerConfig]) -> None:
@@ -80,6 +94,7 @@ def test_the_exit_code_of_the_process_is_passed_on(etcd: str, configs: list[Work
         (["--listen", "192.0.2.1:1"], 2, "cannot listen at --listen 192.0.2.1:1"),
         (["--listen", ":0"], 2, "say with --advertise HOST:PORT"),
         (["--advertise", "host:0"], 2, "needs the port that others dial"),
+        (["--kv-advertise", "host:0"], 2, "--kv-advertise host:0 needs the port that others dial"),
         (["--otlp", "localhost"], 2, "is not the URL of an OTLP receiver"),
         (["--etcd", "127.0.0.1:1"], 4, "no etcd answers (127.0.0.1:1: Connection refused)"),
     ],

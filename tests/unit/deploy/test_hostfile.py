@@ -31,11 +31,11 @@ def test_defaults_of_every_role(tmp_path: Path) -> None:
     )
     assert commands["prefill-0 on me@node2"] == (
         f"CUDA_VISIBLE_DEVICES=0\\,1 @kvrelay prefill-worker {etcd} --model /m --worker-id prefill-0"
-        " --listen 0.0.0.0:7001 --advertise node2:7001"
+        " --listen 0.0.0.0:7001 --kv-listen 0.0.0.0:7002 --advertise node2:7001"
     )
     assert commands["decode-0 on 10.0.0.3"] == (
         f"VLLM_CPU_OMP_THREADS_BIND=0-3 @kvrelay decode-worker {etcd} --worker-id decode-0"
-        " --listen 10.0.0.3:7002 --advertise 10.0.0.3:7002"
+        " --listen 10.0.0.3:7003 --kv-listen 10.0.0.3:7004 --advertise 10.0.0.3:7003"
     )
 
 
@@ -53,8 +53,8 @@ def test_options_replace_defaults_and_keep_their_words(tmp_path: Path) -> None:
         " --http :9000 --grpc=n1:9001 --chat-template my\\ chat.jinja"
     )
     assert commands["decode-0 on n2"] == (
-        f"A=1 B=x\\ y @kvrelay decode-worker {etcd} --advertise n2:9 --listen 0.0.0.0:9 --worker-id w"
-        " -- --listen 1 --hf-overrides \\{\\'a\\':\\ #\\}"
+        f"A=1 B=x\\ y @kvrelay decode-worker {etcd} --kv-listen 0.0.0.0:10 --advertise n2:9 --listen 0.0.0.0:9"
+        " --worker-id w -- --listen 1 --hf-overrides \\{\\'a\\':\\ #\\}"
     )
 
 
