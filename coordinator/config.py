@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvrelay import default_addresses
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.http_limits import HttpLimits
@@ -17,9 +18,9 @@ class CoordinatorConfig:
     etcd: Sequence[str]
     """host:port of every member."""
     cluster: str = "default"
-    http_listen: str = "127.0.0.1:8000"
+    http_listen: str = default_addresses.HTTP
     """host:port of the OpenAI API; port 0 takes a free one."""
-    grpc_listen: str = "127.0.0.1:50051"
+    grpc_listen: str = default_addresses.GRPC
     """host:port of the Inference service; port 0 takes a free one."""
     advertise_host: str | None = None
     """Name under which others reach this process; where it listens when None."""

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.live_cluster import LiveCluster, free_port_addresses, live_cluster, wait_ready
+from tests.support.live_cluster import PROMISED_STOP_S, LiveCluster, free_port_addresses, live_cluster, stop, wait_ready
 from tests.support.processes import gone
 
 pytestmark = pytest.mark.timeout(300)
@@ -66,6 +66,16 @@ def test_requests_go_on_without_etcd(cluster: LiveCluster) -> None:
         assert _ask(cluster).status_code == 200
     finally:
         etcd.resume()
+
+
+def test_it_ends_in_time_although_a_request_goes_on(tmp_path: Path) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 4000, "stream": True}
+    with (
+        live_cluster(tmp_path, "--engine", "simulated") as cluster,
+        httpx.stream("POST", f"{cluster.state.http_url}/v1/completions", json=body, timeout=30) as answer,
+    ):
+        assert next(answer.iter_lines()).startswith("data: ")
+        assert stop(cluster.process) < PROMISED_STOP_S
 
 
 def test_when_up_is_killed_nothing_survives_and_the_next_one_tidies_up(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from kvrelay.launch.state import RunningCluster, default_state_dir, running_clus
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 15
+PROMISED_STOP_S = 10
+"""`kvrelay up` ends within this time after Ctrl-C, whatever is going on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,12 @@ def live_cluster(home: Path, *flags: str, engine_options: Sequence[str] = ()) ->
             yield cluster
         finally:
             children = _descendants(process)
-            stop(process)
+            took_s = stop(process)
             survivors = [child for child in children if child.is_running()]
             for child in survivors:
                 child.kill()
     assert not survivors, f"left running: {survivors}"
+    assert took_s < PROMISED_STOP_S
     assert abandoned_shared_memory() <= before
     assert not Path(state.run_dir).exists()
 

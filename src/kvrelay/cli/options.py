@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvrelay import default_addresses
 from kvrelay.cli.parsing import (
     Address,
     Addresses,
@@ -42,8 +43,8 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-HTTP = Address("127.0.0.1", 8000)
-GRPC = Address("127.0.0.1", 50051)
+HTTP = parse_address(default_addresses.HTTP)
+GRPC = parse_address(default_addresses.GRPC)
 KV_HOST_BYTES = 2 << 30
 KV_DISK_PATH = Path("/var/tmp")  # noqa: S108 - the file there has no name
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvrelay import default_addresses
 from kvrelay.launch.devices import Devices, Share, shares
 from kvrelay.launch.places import Places
 from kvrelay.launch.supervisor import ChildSpec
@@ -53,8 +54,8 @@ class UpConfig:
     """Room on disk for blocks that leave that memory, of each worker; 0 for none."""
     kv_cache_gib: int = 1
     """Memory of each CPU engine's own KV cache."""
-    http: str = "127.0.0.1:8000"
-    grpc: str = "127.0.0.1:8001"
+    http: str = default_addresses.HTTP
+    grpc: str = default_addresses.GRPC
     """Port 0 takes a free one."""
     otlp: str | None = None
     log_level: str = "info"
