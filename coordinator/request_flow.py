@@ -114,6 +114,8 @@ class RequestFlow:
         self.trace.end("prefill")
         self.timeline.merge(delta.timeline)
         self.phase = Phase.DECODE_DUE
+        if delta.kv_failed:
+            self._kv_wait_ms = 0
         self._num_cached_tokens = delta.num_cached_tokens if delta.HasField("num_cached_tokens") else 0
         if delta.HasField("prompt_logprobs"):
             self._prompt_logprobs = delta.prompt_logprobs

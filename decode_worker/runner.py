@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvrelay.kv_transfer.receiver import Transfer
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.host import WorkerHost
-from kvrelay.worker.submission import Sink, Submission
+from kvrelay.worker.submission import Handlers, Sink, Submission
 from kvrelay.worker.work import Work
 
 
@@ -41,7 +41,7 @@ class DecodeRole:
         if transfer is not None and transfer.received_bytes:
             counters["kv.received_bytes"] = transfer.received_bytes
             work.timeline.events.add(name="kv.last_frame", unix_ns=transfer.last_frame_unix_ns)
-        return await host.submit(work, hasher, stored, save_partial=False, sink=sink)
+        return await host.submit(work, hasher, stored, save_partial=False, handlers=Handlers(sink=sink))
 
     async def _wait_for_blocks(self, transfer_id: str, request: worker_pb2.Decode) -> Transfer | None:
         if not request.kv_wait_ms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ _LOCAL_RUN_BYTES = 16 << 20
 class PushResult:
     """What became of a push."""
 
+    num_wanted_bytes: int = 0
+    """Of the blocks that the receiver lacks and has room for; 0 until it has answered."""
     num_blocks: int = 0
     """Acknowledged with all their layers."""
     num_bytes: int = 0
@@ -58,6 +61,8 @@ class Push:
         self._orders: dict[tuple[int, int], FrameOrder] = {}
         """Sent and not acknowledged, each with a pin on the slot of every part."""
         self._num_stored_layers = 0
+        self._stored: list[tuple[int, int]] = []
+        """When acks came (Unix time, ns), and for how many bytes."""
         self._progress = asyncio.Event()
         self._over = False
         self.result = PushResult()
@@ -68,6 +73,10 @@ class Push:
             self._store.unpin([part.slot])
         else:
             self._ready.put_nowait(part)
+
+    def stored_bytes_at(self, unix_ns: int) -> int:
+        """How much was acknowledged by then."""
+        return sum(num_bytes for stored_ns, num_bytes in self._stored if stored_ns <= unix_ns)
 
     def finish(self) -> None:
         """No more is added."""
@@ -99,6 +108,7 @@ class Push:
     async def _run(self) -> None:
         want = await self._peer.offer(self._offer)
         wanted = frozenset(want.blocks)
+        self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
         with self._peer.acks(want, partial(self._on_ack, want)):
             finished = False
             while not (finished or self._over):
@@ -165,6 +175,7 @@ class Push:
             self._num_stored_layers += len(order.parts) * order.parts[0].num_layers
             self.result.num_blocks = self._num_stored_layers // self._num_layers
             self.result.num_stored_bytes += order.num_bytes
+            self._stored.append((time.time_ns(), order.num_bytes))
             self._settle(key)
         elif ack.status == FrameAck.STATUS_CORRUPT and not order.was_resent:
             self._resend([order], want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from kvrelay.tracing import Span
 from kvrelay.v1 import kv_transfer_pb2, worker_pb2
 from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.stored_prompt import StoredPrompt
-from kvrelay.worker.submission import Sink, Submission
+from kvrelay.worker.submission import Handlers, Sink, Submission
 from kvrelay.worker.work import Work
 
 _log = structlog.get_logger(__name__)
@@ -46,20 +47,18 @@ class PrefillRole:
         """Nothing may be awaited before the engine has the request: its pins pass over with it."""
         host = self._host
         with host.tracing.start_span("kv.push", request.trace) as span, _first_failure():
-            num_layers = host.info.layout.num_layers
-            push = _Outgoing(self._push(request, stored.hashes, span), len(stored.hashes), num_layers)
+            outgoing = _Outgoing(self._push(request, stored.hashes, span), stored, host.info.layout.num_layers, sink)
             try:
                 host.store.pin(stored.present)
-                for block, slot in enumerate(stored.present):
-                    push.add(BlockPart(block, slot, 0, num_layers))
+                outgoing.add_present()
+                submission = await host.submit(work, hasher, stored, save_partial=True, handlers=outgoing.handlers)
                 async with asyncio.TaskGroup() as tasks:
-                    pushing = tasks.create_task(self._run_push(push.push, request.request_id, span))
-                    submission = await host.submit(work, hasher, stored, save_partial=True, sink=sink, on_part=push.add)
+                    pushing = tasks.create_task(self._run_push(outgoing.push, submission, span))
                     await self._until_closed(submission)
-                    push.push.finish()  # Blocks that the store had no room for do not come.
+                    outgoing.push.finish()  # Blocks that the store had no room for do not come.
                     await pushing
             finally:
-                push.push.close()
+                outgoing.push.close()
 
     async def _until_closed(self, submission: Submission) -> None:
         try:
@@ -80,7 +79,9 @@ class PrefillRole:
         )
         return Push(host.peers.get(request.decode_address), host.segment, offer, host.store)
 
-    async def _run_push(self, push: Push, request_id: str, span: Span) -> None:
+    async def _run_push(self, push: Push, submission: Submission, span: Span) -> None:
+        """Blocks of a prompt that waits for the engine take no room of the decode worker's store yet."""
+        await submission.started.wait()
         try:
             result = await push.run()
         except LayoutRefusedError as error:
@@ -91,7 +92,7 @@ class PrefillRole:
         span.set({"kv.blocks": result.num_blocks, "kv.bytes": result.num_bytes, "kv.resent": result.num_resent_frames})
         if result.error:
             span.fail(result.error)
-            _log.warning("push incomplete", request_id=request_id, error=result.error)
+            _log.warning("push incomplete", request_id=submission.work.request_id, error=result.error)
 
 
 @contextmanager
@@ -107,14 +108,35 @@ def _first_failure() -> Iterator[None]:
 
 
 class _Outgoing:
-    """Finishes a push as soon as the last part is there, without waiting for the engine to close the request."""
+    """The push of one request, fed by the engine.
 
-    def __init__(self, push: Push, num_blocks: int, num_layers: int) -> None:
+    It is finished as soon as the last part is there, without waiting for the engine to close the request. The last
+    tokens go out with what became of it so far.
+    """
+
+    def __init__(self, push: Push, stored: StoredPrompt, num_layers: int, sink: Sink) -> None:
         self.push = push
-        self._missing_layers = num_blocks * num_layers
+        self.handlers = Handlers(sink=self._tell, on_part=self._add)
+        self._present = stored.present
+        self._num_layers = num_layers
+        self._missing_layers = len(stored.hashes) * num_layers
+        self._sink = sink
 
-    def add(self, part: BlockPart) -> None:
+    def add_present(self) -> None:
+        """What the store has; pinned once."""
+        for block, slot in enumerate(self._present):
+            self._add(BlockPart(block, slot, 0, self._num_layers))
+
+    def _add(self, part: BlockPart) -> None:
         self.push.add(part)
         self._missing_layers -= part.num_layers
         if not self._missing_layers:
             self.push.finish()
+
+    def _tell(self, delta: worker_pb2.TokenDelta) -> None:
+        delta.kv_failed = bool(self.push.result.error)
+        if delta.finish_reason:
+            sampled = (e.unix_ns for e in delta.timeline.events if e.name == "prefill.sampled")
+            delta.timeline.counters["kv.wanted_bytes"] = self.push.result.num_wanted_bytes
+            delta.timeline.counters["kv.hidden_bytes"] = self.push.stored_bytes_at(next(sampled, time.time_ns()))
+        self._sink(delta)

@@ -97,7 +97,8 @@ def gated() -> Iterator[type[Gated]]:
 async def test_blocks_arrive_with_their_content() -> None:
     async with open_pair() as pair:
         result = await pair.push("r", MANY).run()
-        assert result == PushResult(num_blocks=40, num_bytes=40 * SLOT_BYTES, num_stored_bytes=40 * SLOT_BYTES)
+        size = 40 * SLOT_BYTES
+        assert result == PushResult(num_wanted_bytes=size, num_blocks=40, num_bytes=size, num_stored_bytes=size)
         transfer = await pair.receiver.receiver.wait_settled("r", 10)
         assert transfer is not None
         assert (transfer.received_blocks, transfer.received_bytes) == (40, 40 * SLOT_BYTES)

@@ -67,12 +67,42 @@ async def test_the_decode_may_come_before_the_blocks() -> None:
         pair.p.steps.shut()
         first = pair.prefill("r", PROMPT)
         answer = pair.decode("r", PROMPT, 10)
-        await eventually(lambda: pair.d.status().num_incoming_transfers)
+        await eventually(lambda: "decode-r" in {task.get_name() for task in asyncio.all_tasks()})
         pair.p.steps.open()
         await over(answer)
         assert answer.token_ids == expected(PROMPT, 10)
         assert answer.counters["decode.tokens_stored"] == len(PROMPT) - 1
         await over(first)
+
+
+async def test_a_prompt_takes_no_room_of_the_decode_worker_before_it_is_computed() -> None:
+    async with open_pair() as pair:
+        pair.p.steps.shut()
+        first = pair.prefill("r", PROMPT)
+        await eventually(lambda: pair.p.steps.num_arrived)
+        assert pair.d.status().num_incoming_transfers == 0
+        await pair.p.steps.let_pass(1)
+        await eventually(lambda: pair.d.status().num_incoming_transfers)
+        pair.p.steps.open()
+        await over(first)
+        await over(pair.decode("r", [*PROMPT, *first.token_ids], 3))
+
+
+async def test_the_share_hidden_behind_compute_is_told() -> None:
+    prompt = prompt_of(3 * CONFIG.max_batched_tokens)
+    async with open_pair() as pair:
+        pair.p.steps.shut()
+        first = pair.prefill("r", prompt)
+        for group in range(2 * CONFIG.layer_groups):
+            await pair.p.steps.let_pass(group + 1)
+        num_blocks = 2 * CONFIG.max_batched_tokens // BLOCK
+        await eventually(lambda: pair.d.status().store.num_pinned == num_blocks)
+        await eventually(lambda: not pair.p.status().store.num_pinned, "all of them are acknowledged")
+        pair.p.steps.open()
+        await over(first)
+        await over(pair.decode("r", [*prompt, *first.token_ids], 3))
+    assert first.counters["kv.wanted_bytes"] == 3 * num_blocks // 2 * CONFIG.block_bytes
+    assert 2 / 3 <= first.counters["kv.hidden_bytes"] / first.counters["kv.wanted_bytes"] < 1
 
 
 async def test_blocks_leave_while_prefill_is_still_running() -> None:

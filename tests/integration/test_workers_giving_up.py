@@ -38,7 +38,8 @@ async def cancelled_at_once(pair: Pair) -> None:
 async def cancelled_during_prefill(pair: Pair) -> None:
     pair.p.steps.shut()
     pair.prefill("r", PROMPT)
-    await eventually(lambda: pair.p.steps.num_arrived and pair.d.status().num_incoming_transfers)
+    await pair.p.steps.let_pass(1)
+    await eventually(lambda: pair.d.status().num_incoming_transfers)
 
 
 async def cancelled_mid_transfer(pair: Pair) -> None:

@@ -281,12 +281,15 @@ class TokenDelta(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_FAILED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     finish_reason: _common_pb2.FinishReason.ValueType
     stop_token_id: _builtins.int
     """The stop token that ended it, when it was not EOS."""
     num_cached_tokens: _builtins.int
     """Prompt tokens whose KV was not computed for this request; with the first delta."""
+    kv_failed: _builtins.bool
+    """Of a Prefill: its blocks will not reach the decode worker, which need not wait for them."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -312,10 +315,11 @@ class TokenDelta(_message.Message):
         stop_token_id: _builtins.int | None = ...,
         timeline: _common_pb2.Timeline | None = ...,
         num_cached_tokens: _builtins.int | None = ...,
+        kv_failed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "stop_token_id", b"stop_token_id", "timeline", b"timeline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "timeline", b"timeline", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "_stop_token_id", b"_stop_token_id", "finish_reason", b"finish_reason", "kv_failed", b"kv_failed", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_token_id", b"stop_token_id", "timeline", b"timeline", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015

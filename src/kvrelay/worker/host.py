@@ -26,7 +26,7 @@ from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
-from kvrelay.worker.submission import PartHandler, Sink, Submission
+from kvrelay.worker.submission import Handlers, PromptSlots, Submission
 from kvrelay.worker.work import Work
 
 _EXPIRE_INTERVAL_S = 1.0
@@ -109,8 +109,7 @@ class WorkerHost:
         stored: StoredPrompt,
         *,
         save_partial: bool,
-        sink: Sink,
-        on_part: PartHandler | None = None,
+        handlers: Handlers,
     ) -> Submission:
         """Hand a request to the engine. `stored.load` is pinned, and these pins pass over.
 
@@ -129,18 +128,9 @@ class WorkerHost:
             save=save,
             partial_tokens=hasher.num_tokens if num_full in saving else 0,
         )
-        submission = Submission(
-            plan.ticket,
-            work,
-            self.store,
-            hasher,
-            num_layers=self.info.layout.num_layers,
-            load=stored.load,
-            saving=saving,
-            names=names,
-            sink=sink,
-            on_part=on_part,
-        )
+        num_layers = self.info.layout.num_layers
+        slots = PromptSlots(num_layers=num_layers, load=stored.load, saving=saving, names=names)
+        submission = Submission(plan.ticket, work, self.store, hasher, slots, handlers)
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
         self._queued_tokens += submission.num_prompt_tokens

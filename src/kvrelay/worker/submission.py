@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.kv_transfer.block_part import BlockPart
@@ -16,6 +17,27 @@ PartHandler = Callable[[BlockPart], None]
 """Gets each part of the prompt's blocks; its slot is pinned once for the call, and the handler unpins it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handlers:
+    """Who is told what the engine does."""
+
+    sink: Sink
+    on_part: PartHandler | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSlots:
+    """What the engine reads and writes for a prompt."""
+
+    num_layers: int
+    load: Sequence[int]
+    """Pinned; the pins pass over to the submission."""
+    saving: Mapping[int, int]
+    """Reserved slots by block."""
+    names: Sequence[bytes]
+    """The hashes that the prompt's blocks are stored under."""
+
+
 class Submission:
     """One request in the engine: its tokens, and the slots that it reads and writes.
 
@@ -25,44 +47,35 @@ class Submission:
     """
 
     def __init__(
-        self,
-        ticket: int,
-        work: Work,
-        store: BlockStore,
-        hasher: BlockHasher,
-        *,
-        num_layers: int,
-        load: Sequence[int],
-        saving: Mapping[int, int],
-        names: Sequence[bytes],
-        sink: Sink,
-        on_part: PartHandler | None = None,
+        self, ticket: int, work: Work, store: BlockStore, hasher: BlockHasher, slots: PromptSlots, handlers: Handlers
     ) -> None:
-        """`saving`: reserved slots by block; `names`: the hashes that the prompt's blocks are stored under."""
         self.ticket = ticket
         self.work = work
         self.engine_request_id = f"{work.request_id}.{ticket}"
         self.num_prompt_tokens = hasher.num_tokens
+        self.started = asyncio.Event()
+        """Set once the engine works on it, or will not any more."""
         self.ended = asyncio.Event()
         """Set when no token follows."""
         self.closed = asyncio.Event()
         """Set when the engine touches no slot of this request any more."""
         self._store = store
         self._hasher = hasher
-        self._num_layers = num_layers
+        self._num_layers = slots.num_layers
         self._num_saved: dict[int, int] = {}
-        self._loading = list(load)
-        self._saving = dict(saving)
-        self._names = names
+        self._loading = list(slots.load)
+        self._saving = dict(slots.saving)
+        self._names = slots.names
         self._unnamed: dict[int, int] = {}
-        self._sink = sink
-        self._on_part = on_part
+        self._sink = handlers.sink
+        self._on_part = handlers.on_part
         self.has_first_token = False
 
     def loaded(self, num_blocks: int) -> None:
         """The engine has taken so many blocks from the loaded slots, and reads them no more."""
         self.work.timeline.counters[f"{self.work.name}.blocks_loaded"] = num_blocks
         self._unpin_loaded()
+        self.started.set()
 
     def _unpin_loaded(self) -> None:
         self._store.unpin(self._loading)
@@ -70,6 +83,7 @@ class Submission:
 
     def saved(self, part: BlockPart) -> bool:
         """Some layers of a block are complete in their slot; returns whether it is the whole block now."""
+        self.started.set()
         block, slot = part.block, part.slot
         num_saved = self._num_saved.pop(block, 0) + part.num_layers
         if num_saved < self._num_layers:
@@ -106,6 +120,7 @@ class Submission:
 
     def end(self) -> None:
         """No token follows."""
+        self.started.set()
         self.ended.set()
         self._release_if_over()
 

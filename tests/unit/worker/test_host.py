@@ -15,7 +15,7 @@ from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
-from kvrelay.worker.submission import Submission
+from kvrelay.worker.submission import Handlers, Submission
 from kvrelay.worker.work import Work
 from tests.support.eventually import eventually
 
@@ -70,7 +70,7 @@ async def submit(host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_toke
         trace=common_pb2.TraceContext(),
     )
     hasher, stored = await host.look_up("", PROMPT)
-    return await host.submit(work, hasher, stored, save_partial=False, sink=deltas.append)
+    return await host.submit(work, hasher, stored, save_partial=False, handlers=Handlers(sink=deltas.append))
 
 
 def assert_idle(host: WorkerHost) -> None:

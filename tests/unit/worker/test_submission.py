@@ -10,7 +10,7 @@ from kvrelay.block_hash import BlockHasher, layout_fingerprint
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
-from kvrelay.worker.submission import Submission
+from kvrelay.worker.submission import Handlers, PromptSlots, Submission
 from kvrelay.worker.work import Work
 
 BLOCK = 4
@@ -47,12 +47,13 @@ class Rig:
             self.work(),
             self.store,
             BlockHasher(LAYOUT, "", PROMPT),
-            num_layers=LAYERS,
-            load=self.load,
-            saving=self.saving,
-            names=names(PROMPT)[: 3 if self.save_partial else 2],
-            sink=self.deltas.append,
-            on_part=self.handle if self.with_handler else None,
+            PromptSlots(
+                num_layers=LAYERS,
+                load=self.load,
+                saving=self.saving,
+                names=names(PROMPT)[: 3 if self.save_partial else 2],
+            ),
+            Handlers(sink=self.deltas.append, on_part=self.handle if self.with_handler else None),
         )
 
     def work(self) -> Work:
