@@ -20,7 +20,7 @@ from kvrelay.kv_transfer import receiver as kv_receiver
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peers
-from kvrelay.kv_transfer.posting import post_to_running_loop
+from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.sender import Push
@@ -92,7 +92,6 @@ class OurSender(Sender):
         for repetition in range(job.repeat):
             offer = kv_transfer_pb2.OfferRequest(
                 request_id=_request_id(job, repetition),
-                sender_id="sender",
                 layout=_layout(job.block_bytes),
                 block_hashes=b"".join(_name(job.stamp, repetition, i) for i in range(job.num_blocks)),
             )
@@ -155,14 +154,16 @@ class ReceivingSide:
         self.segment = new_segment(num_bytes, size)
         np.frombuffer(self.segment.slots, np.uint8)[:] = 0
         self.store = BlockStore(self.segment.num_slots, on_taken=self.segment.begin_generation)
-        self.receiver = kv_receiver.Receiver(self.store, self.segment, _layout(size), post=post_to_running_loop())
+        self.receiver = kv_receiver.Receiver(
+            self.store, self.segment, _layout(size), post=post_to_running_loop(raise_in_loop)
+        )
         self.address = ""
 
     async def serve(self) -> None:
         self._push_server = PushServer(self.receiver)
         push_port = self._push_server.start("127.0.0.1:0")
         self._server = grpc.aio.server(options=server_options())
-        add_to_server(KvTransferService(self.receiver, f"127.0.0.1:{push_port}"), self._server)
+        add_to_server(KvTransferService(self.receiver, f"127.0.0.1:{push_port}", lambda _: 0), self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvrelay.kv_transfer.receiver import Transfer
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.prefix_source import source_of
 from kvrelay.worker.submission import Handlers, Sink, Submission
 from kvrelay.worker.work import Work
 
@@ -32,7 +33,7 @@ class DecodeRole:
             host.validate(request.prompt_token_ids, request.sampling)
             transfer = await self._wait_for_blocks(transfer_id, request)
             work.mark("kv_ready")
-            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids)
+            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids, source_of(request))
         finally:
             host.receiver.let_go(transfer_id)
         work.note_restored(stored.restored_tokens)

@@ -11,7 +11,7 @@ import structlog
 
 from kvrelay.kv_transfer.disk_file import CorruptBlockError, DiskFile
 from kvrelay.kv_transfer.disk_index import DiskBlock
-from kvrelay.kv_transfer.posting import post_to_running_loop
+from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.segment import Segment
 
 _log = structlog.get_logger(__name__)
@@ -47,7 +47,7 @@ class DiskAccess:
         self._counters = counters
         self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "disk-read")
         self._writers = writers or ThreadPoolExecutor(_NUM_WRITERS, "disk-write")
-        self._post = post_to_running_loop()
+        self._post = post_to_running_loop(raise_in_loop)
         self._num_failures = 0
 
     def read(self, block: DiskBlock, slot: int, done: Callable[[bool], object]) -> Future[None]:

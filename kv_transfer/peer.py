@@ -11,7 +11,7 @@ import grpc
 
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.push_stream import AckHandler, Outgoing, PushStreams
-from kvrelay.kv_transfer.service import SERVICE
+from kvrelay.kv_transfer.wire import SERVICE
 from kvrelay.v1 import kv_transfer_pb2
 
 DEFAULT_STREAMS = 2
@@ -50,6 +50,11 @@ class Peer:
             request_serializer=kv_transfer_pb2.CommitRequest.SerializeToString,
             response_deserializer=kv_transfer_pb2.CommitResponse.FromString,
         )
+        self._fetch = self._channel.unary_unary(
+            f"/{SERVICE}/Fetch",
+            request_serializer=kv_transfer_pb2.FetchRequest.SerializeToString,
+            response_deserializer=kv_transfer_pb2.FetchResponse.FromString,
+        )
         self._streams: dict[_Way, PushStreams] = {}
         self._handlers: dict[int, tuple[_Way, AckHandler]] = {}
 
@@ -72,6 +77,14 @@ class Peer:
         except grpc.aio.AioRpcError as error:
             raise PeerError(f"commit to {self.address}: {error.code().name}: {error.details()}") from error
         return reply.num_missing_blocks
+
+    async def fetch(self, request: kv_transfer_pb2.FetchRequest) -> int:
+        """Ask for a prefix; returns how many blocks of it are coming. Raises `PeerError`."""
+        try:
+            reply = await self._fetch(request, timeout=_RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise PeerError(f"fetch from {self.address}: {error.code().name}: {error.details()}") from error
+        return reply.num_blocks
 
     @contextlib.contextmanager
     def acks(self, want: kv_transfer_pb2.Want, handler: AckHandler) -> Iterator[None]:

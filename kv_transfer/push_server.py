@@ -11,8 +11,7 @@ import grpc
 
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.receiver import Receiver
-from kvrelay.kv_transfer.service import SERVICE
-from kvrelay.kv_transfer.wire import FrameError, FrameHeader, decode_frame
+from kvrelay.kv_transfer.wire import SERVICE, FrameError, FrameHeader, decode_frame
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 

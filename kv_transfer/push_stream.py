@@ -12,9 +12,8 @@ from typing import Protocol
 import grpc
 
 from kvrelay import grpc_options
-from kvrelay.kv_transfer.posting import post_to_running_loop
-from kvrelay.kv_transfer.service import SERVICE
-from kvrelay.kv_transfer.wire import FrameHeader, encode_frame
+from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
+from kvrelay.kv_transfer.wire import SERVICE, FrameHeader, encode_frame
 from kvrelay.v1 import kv_transfer_pb2
 
 AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
@@ -53,7 +52,7 @@ class PushStreams:
         self.address = address
         self._method = method
         self._on_ack = on_ack
-        self._post = post_to_running_loop()
+        self._post = post_to_running_loop(raise_in_loop)
         self._orders: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._closing = False
         self._calls: set[grpc.Call] = set()

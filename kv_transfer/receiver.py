@@ -13,23 +13,15 @@ from typing import Any
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
 from kvrelay.kv_transfer.neighbours import Neighbours
+from kvrelay.kv_transfer.offers import check_layout, split_hashes
 from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FrameHeader, checksum
 from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
-MAX_OFFERED_BLOCKS = 1 << 20
 _MAX_REMEMBERED = 1 << 14
 """Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
-
-
-class OfferError(ValueError):
-    """An offer that cannot be taken as it is; the message tells the sender why."""
-
-
-class LayoutMismatchError(OfferError):
-    """The two sides' KV caches differ."""
 
 
 @dataclass(slots=True)
@@ -110,19 +102,11 @@ class Receiver:
         Fewer blocks than are missing are wanted when the store is full, and none for a request that is over or has
         started without them. Raises `OfferError`.
         """
-        if layout.fingerprint != self._layout.fingerprint:
-            raise LayoutMismatchError(
-                f"the KV caches differ: sender [{describe_layout(layout)}], receiver [{describe_layout(self._layout)}];"
-                " start both workers with the same model, dtype and block size"
-            )
-        if not block_hashes or len(block_hashes) % 16 or len(block_hashes) // 16 > MAX_OFFERED_BLOCKS:
-            raise OfferError(
-                f"block_hashes has {len(block_hashes)} bytes; 16 for each of 1..{MAX_OFFERED_BLOCKS} blocks"
-            )
+        check_layout(layout, self._layout)
+        hashes = split_hashes(block_hashes)
         self.cancel(request_id)
         if request_id in self._over:
             return self._new_id(), []
-        hashes = [block_hashes[i : i + 16] for i in range(0, len(block_hashes), 16)]
         found = [self._store.find(block_hash) for block_hash in hashes]
         present = [slot for slot in found if slot is not None]
         self._store.pin(present)
@@ -318,15 +302,6 @@ class Receiver:
     @staticmethod
     def _new_id() -> int:
         return secrets.randbits(63) | 1 << 63
-
-
-def describe_layout(layout: cluster_pb2.KvLayout) -> str:
-    """One line with everything that must be equal."""
-    return (
-        f"model {layout.model}, {layout.dtype}, {layout.format}, {layout.num_layers} layers,"
-        f" {layout.num_kv_heads} heads of {layout.head_elements}, {layout.block_size_tokens} tokens a block,"
-        f" {layout.fingerprint.hex()}"
-    )
 
 
 def _views(source: Segment, slots: Sequence[int], offset: int, size: int) -> list[memoryview]:

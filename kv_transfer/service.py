@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver
+from kvrelay.kv_transfer.lending import BusyError
+from kvrelay.kv_transfer.offers import LayoutMismatchError, OfferError
+from kvrelay.kv_transfer.receiver import Receiver
+from kvrelay.kv_transfer.wire import SERVICE
 from kvrelay.v1 import kv_transfer_pb2
-
-SERVICE = "kvrelay.v1.KvTransfer"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -17,9 +19,12 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class KvTransferService:
     """Handlers of one worker. Frames come in elsewhere: `push_server`."""
 
-    def __init__(self, receiver: Receiver, push_address: str) -> None:
-        """`push_address`: host:port where senders reach this worker's `PushServer`."""
+    def __init__(
+        self, receiver: Receiver, push_address: str, lend: Callable[[kv_transfer_pb2.FetchRequest], int]
+    ) -> None:
+        """`push_address`: host:port where senders reach this worker's `PushServer`; `lend`: `Lender.lend`."""
         self._receiver = receiver
+        self._lend = lend
         self._push_address = push_address
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: _Context) -> kv_transfer_pb2.Want:
@@ -45,6 +50,18 @@ class KvTransferService:
         """See kv_transfer.proto."""
         return kv_transfer_pb2.CommitResponse(num_missing_blocks=self._receiver.commit(request.transfer_id))
 
+    async def fetch(self, request: kv_transfer_pb2.FetchRequest, context: _Context) -> kv_transfer_pb2.FetchResponse:
+        """See kv_transfer.proto."""
+        try:
+            num_blocks = self._lend(request)
+        except LayoutMismatchError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except OfferError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except BusyError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        return kv_transfer_pb2.FetchResponse(num_blocks=num_blocks)
+
 
 def add_to_server(service: KvTransferService, server: grpc.aio.Server) -> None:
     """Register the handlers."""
@@ -58,6 +75,11 @@ def add_to_server(service: KvTransferService, server: grpc.aio.Server) -> None:
             service.commit,
             request_deserializer=kv_transfer_pb2.CommitRequest.FromString,
             response_serializer=kv_transfer_pb2.CommitResponse.SerializeToString,
+        ),
+        "Fetch": grpc.unary_unary_rpc_method_handler(
+            service.fetch,
+            request_deserializer=kv_transfer_pb2.FetchRequest.FromString,
+            response_serializer=kv_transfer_pb2.FetchResponse.SerializeToString,
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

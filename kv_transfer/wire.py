@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+SERVICE = "kvrelay.v1.KvTransfer"
 FRAME_BYTES = 2 << 20
 """Payload that a sender aims at: measured to be the fastest."""
 MAX_PAYLOAD_BYTES = 4 << 20

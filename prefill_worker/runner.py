@@ -17,6 +17,7 @@ from kvrelay.kv_transfer.sender import Push
 from kvrelay.tracing import Span
 from kvrelay.v1 import kv_transfer_pb2, worker_pb2
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.prefix_source import source_of
 from kvrelay.worker.stored_prompt import StoredPrompt
 from kvrelay.worker.submission import Handlers, Sink, Submission
 from kvrelay.worker.work import Work
@@ -27,9 +28,8 @@ _log = structlog.get_logger(__name__)
 class PrefillRole:
     """Runs `Prefill` requests on one host."""
 
-    def __init__(self, host: WorkerHost, worker_id: str) -> None:
+    def __init__(self, host: WorkerHost) -> None:
         self._host = host
-        self._worker_id = worker_id
 
     async def prefill(self, request: worker_pb2.Prefill, sink: Sink) -> None:
         """See `kvrelay.worker.role.PrefillRunner`."""
@@ -37,7 +37,7 @@ class PrefillRole:
         host.validate(request.prompt_token_ids, request.sampling)
         work = Work.of(request, "prefill")
         with host.job():
-            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids)
+            hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids, source_of(request))
             work.note_restored(stored.restored_tokens)
             await self._run(request, work, hasher, stored, sink)
 
@@ -71,7 +71,6 @@ class PrefillRole:
         host = self._host
         offer = kv_transfer_pb2.OfferRequest(
             request_id=request.request_id,
-            sender_id=self._worker_id,
             layout=host.info.layout,
             block_hashes=b"".join(hashes),
             trace=span.context,

@@ -13,7 +13,7 @@ from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.peer import Peer, Peers
-from kvrelay.kv_transfer.posting import post_to_running_loop
+from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment, size_for
@@ -51,7 +51,7 @@ class Side:
         self.segment = Segment.create(size_for(num_slots, SLOT_BYTES))
         self.segment.configure(SLOT_BYTES)
         self.store = BlockStore(num_slots, on_taken=self.segment.begin_generation)
-        self.receiver = Receiver(self.store, self.segment, self.layout, post=post_to_running_loop())
+        self.receiver = Receiver(self.store, self.segment, self.layout, post=post_to_running_loop(raise_in_loop))
 
     def put(self, numbers: Sequence[int]) -> list[int]:
         """Store blocks; their slots are pinned once."""
@@ -91,7 +91,6 @@ def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int], *
     """A push of these blocks, none of them ready yet; with `local` the peer may copy them from our memory."""
     offer = kv_transfer_pb2.OfferRequest(
         request_id=request_id,
-        sender_id="sender",
         layout=sender.layout,
         block_hashes=b"".join(map(block_name, numbers)),
     )
@@ -120,7 +119,7 @@ class KvServer:
         self._push_server = self._push_server_type(self._receiver)
         self._push_port = self._push_server.start(f"127.0.0.1:{self._push_port}")
         self._server = grpc.aio.server(options=server_options())
-        add_to_server(KvTransferService(self._receiver, self.push_address), self._server)
+        add_to_server(KvTransferService(self._receiver, self.push_address, lambda _: 0), self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"
         await self._server.start()

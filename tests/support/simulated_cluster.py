@@ -24,6 +24,7 @@ from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
+from kvrelay.worker.status import worker_status
 from tests.support.fake_cluster import until
 
 PREFILL, DECODE = cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE
@@ -63,12 +64,13 @@ async def simulated_worker(
             max_model_len_tokens=host.info.max_model_len_tokens,
             incarnation="1",
         )
-        prefill, decode = PrefillRole(host, worker_id), DecodeRole(host)
-        service = WorkerService(lambda: info, lambda: host.status(worker_id), prefill, decode)
+        host.borrower.address = info.address
+        prefill, decode = PrefillRole(host), DecodeRole(host)
+        service = WorkerService(lambda: info, lambda: worker_status(host, worker_id), prefill, decode)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         push_server = PushServer(host.receiver)
         push_address = f"127.0.0.1:{push_server.start('127.0.0.1:0')}"
-        kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
+        kv_service.add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
         await server.start()
         try:
             yield SimulatedWorker(info, host)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, kv_transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
+from kvrelay.worker.status import worker_status
 from tests.support.eventually import eventually
 from tests.support.worker_link import Answer, Link, open_link, over
 
@@ -98,10 +99,10 @@ class GatedPushServer(PushServer):
 class GatedKvService(KvTransferService):
     """Stops offers and frames at gates."""
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, lend: Callable[[kv_transfer_pb2.FetchRequest], int]) -> None:
         self.frames = Gate()
         self.push_server = GatedPushServer(receiver, self.frames)
-        super().__init__(receiver, f"127.0.0.1:{self.push_server.start('127.0.0.1:0')}")
+        super().__init__(receiver, f"127.0.0.1:{self.push_server.start('127.0.0.1:0')}", lend)
         self.offers = Gate()
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> kv_transfer_pb2.Want:
@@ -122,7 +123,7 @@ class Node:
     server: grpc.aio.Server
 
     def status(self) -> worker_pb2.WorkerStatus:
-        return self.host.status(self.worker_id)
+        return worker_status(self.host, self.worker_id)
 
     def is_idle(self) -> bool:
         """Whether nothing of any request is left."""
@@ -149,12 +150,13 @@ async def open_node(
     store = StoreConfig(size_bytes=size_for(num_slots, config.block_bytes), transfer_hold_s=hold_s)
     async with open_host(engine, store, Tracing()) as host:
         server = grpc.aio.server(options=server_options())
-        kv = GatedKvService(host.receiver)
+        kv = GatedKvService(host.receiver, host.lender.lend)
         add_to_server(kv, server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        host.borrower.address = address
         info = cluster_pb2.WorkerInfo(worker_id=worker_id, address=address, layout=host.info.layout)
         service = WorkerService(
-            lambda: info, lambda: host.status(worker_id), PrefillRole(host, worker_id), DecodeRole(host)
+            lambda: info, lambda: worker_status(host, worker_id), PrefillRole(host), DecodeRole(host)
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         await server.start()

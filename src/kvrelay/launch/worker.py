@@ -33,6 +33,7 @@ from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
+from kvrelay.worker.status import worker_status
 
 _log = structlog.get_logger(__name__)
 
@@ -163,17 +164,18 @@ async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[S
     port = server.add_insecure_port(config.listen)
     listening = f"{_host_of(config.listen)}:{port}"
     info = _worker_info(config, host.info, config.advertise or listening)
+    host.borrower.address = info.address
     service = WorkerService(
         lambda: info,
-        lambda: host.status(config.worker_id),
-        PrefillRole(host, config.worker_id),
+        lambda: worker_status(host, config.worker_id),
+        PrefillRole(host),
         DecodeRole(host),
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     push_server = PushServer(host.receiver)
     push_port = push_server.start(config.kv_listen or f"{_host_of(config.listen)}:0")
     push_address = config.kv_advertise or f"{_host_of(info.address)}:{push_port}"
-    kv_service.add_to_server(KvTransferService(host.receiver, push_address), server)
+    kv_service.add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -62,6 +62,11 @@ class KvTransferStub(object):
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitResponse.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_unary(
+                '/kvrelay.v1.KvTransfer/Fetch',
+                request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FetchRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FetchResponse.FromString,
+                _registered_method=True)
 
 
 class KvTransferServicer(object):
@@ -106,6 +111,14 @@ class KvTransferServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """The other way round: asks a worker for what its store has of a prompt. It answers what it has, and offers and pushes
+        that like any other transfer. RESOURCE_EXHAUSTED when too many are under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +141,11 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Commit,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FetchRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -246,6 +264,33 @@ class KvTransfer(object):
             '/kvrelay.v1.KvTransfer/Commit',
             kvrelay_dot_v1_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
             kvrelay_dot_v1_dot_kv__transfer__pb2.CommitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.KvTransfer/Fetch',
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FetchRequest.SerializeToString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

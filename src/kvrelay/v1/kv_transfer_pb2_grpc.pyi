@@ -54,6 +54,10 @@ class KvTransferStub:
     Every run is acknowledged at once.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
+    Fetch: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
+    """The other way round: asks a worker for what its store has of a prompt. It answers what it has, and offers and pushes
+    that like any other transfer. RESOURCE_EXHAUSTED when too many are under way.
+    """
 
 @_typing.type_check_only
 class KvTransferAsyncStub(KvTransferStub):
@@ -81,6 +85,10 @@ class KvTransferAsyncStub(KvTransferStub):
     Every run is acknowledged at once.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
+    Fetch: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
+    """The other way round: asks a worker for what its store has of a prompt. It answers what it has, and offers and pushes
+    that like any other transfer. RESOURCE_EXHAUSTED when too many are under way.
+    """
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     """How KV blocks go from one worker's host block store into another's.
@@ -129,5 +137,15 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_transfer_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_transfer_pb2.CommitResponse, _abc.Awaitable[_kv_transfer_pb2.CommitResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _kv_transfer_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_transfer_pb2.FetchResponse, _abc.Awaitable[_kv_transfer_pb2.FetchResponse]]:
+        """The other way round: asks a worker for what its store has of a prompt. It answers what it has, and offers and pushes
+        that like any other transfer. RESOURCE_EXHAUSTED when too many are under way.
+        """
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

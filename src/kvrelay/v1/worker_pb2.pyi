@@ -142,6 +142,7 @@ class Prefill(_message.Message):
     DECODE_ADDRESS_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the cluster; the Decodes of this prompt name it."""
     cache_salt: _builtins.str
@@ -149,6 +150,10 @@ class Prefill(_message.Message):
     decode_address: _builtins.str
     """host:port of the decode worker's KvTransfer service."""
     decode_worker_id: _builtins.str
+    prefix_address: _builtins.str
+    """host:port of the KvTransfer service of a worker that holds more of the prompt's prefix than this one may: fetch it
+    from there. Empty: nobody is known to.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -166,10 +171,11 @@ class Prefill(_message.Message):
         decode_address: _builtins.str = ...,
         decode_worker_id: _builtins.str = ...,
         trace: _common_pb2.TraceContext | None = ...,
+        prefix_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,6 +195,7 @@ class Decode(_message.Message):
     KV_WAIT_MS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     PREFILL_REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     cache_salt: _builtins.str
     priority: _builtins.int
@@ -200,6 +207,8 @@ class Decode(_message.Message):
     """The request_id of the Prefill whose blocks are coming; empty when it is this request_id. The n
     completions of one prompt share one Prefill.
     """
+    prefix_address: _builtins.str
+    """Like Prefill's."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the prefill worker's first token where that one counts."""
@@ -219,10 +228,11 @@ class Decode(_message.Message):
         kv_wait_ms: _builtins.int = ...,
         trace: _common_pb2.TraceContext | None = ...,
         prefill_request_id: _builtins.str = ...,
+        prefix_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "prefill_request_id", b"prefill_request_id", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "prefill_request_id", b"prefill_request_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,16 @@ from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.borrowing import Borrower, PrefixSource
 from kvrelay.kv_transfer.disk_file import DiskFile
 from kvrelay.kv_transfer.disk_tier import DiskTier
+from kvrelay.kv_transfer.lending import Lender
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
-from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
+from kvrelay.v1 import common_pb2, kv_transfer_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
@@ -53,12 +55,21 @@ class StoreConfig:
 class WorkerHost:
     """Owns the engine, the store and everything that is in flight between them. Made by `open_host`."""
 
+    lender: Lender
+
     def __init__(
-        self, engine: Engine, info: EngineInfo, segment: Segment, peers: Peers, config: StoreConfig, tracing: Tracing
+        self,
+        engine: Engine,
+        info: EngineInfo,
+        segment: Segment,
+        config: StoreConfig,
+        tracing: Tracing,
+        on_broken: Callable[[Exception], object],
     ) -> None:
+        """`on_broken` is told when the accounts of slots do not fit what happens to them: this must not go on."""
         self.info = info
         self.segment = segment
-        self.peers = peers
+        self.peers = Peers()
         self.tracing = tracing
         self.store = BlockStore(segment.num_slots, on_taken=segment.begin_generation)
         self.receiver = Receiver(
@@ -66,37 +77,50 @@ class WorkerHost:
             segment,
             info.layout,
             hold_s=config.transfer_hold_s,
-            post=post_to_running_loop(),
+            post=post_to_running_loop(on_broken),
         )
         self.local_segment: kv_transfer_pb2.LocalSegment | None = None
         if config.share_memory:
             self.local_segment = kv_transfer_pb2.LocalSegment(path=segment.path, proof=segment.proof)
         self.counters: Counter[str] = Counter()
         self.disk: DiskTier | None = None
+        self.borrower = Borrower(self.store, self.receiver, self.peers, info.layout)
         self.block_size = info.layout.block_size_tokens
         self._engine = engine
         self._calls = EngineCalls(engine)
         self._tickets = itertools.count(1)
         self._by_ticket: dict[int, Submission] = {}
         self._by_engine_id: dict[str, Submission] = {}
-        self._load = EngineStep()
+        self.load = EngineStep()
+        """The engine's gauges of its latest step."""
         self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
         self._num_granted = 0
-        self._queued_tokens = 0
+        self.num_queued_tokens = 0
+        """Of prompts without a first token."""
         self.num_jobs = 0
 
-    async def look_up(self, cache_salt: str, prompt_token_ids: Sequence[int]) -> tuple[BlockHasher, StoredPrompt]:
-        """The hashes of a prompt and what the store has of it, pinned once; blocks on disk are brought back before.
+    async def look_up(
+        self, cache_salt: str, prompt_token_ids: Sequence[int], source: PrefixSource | None = None
+    ) -> tuple[BlockHasher, StoredPrompt]:
+        """The hashes of a prompt and what the store has of it, pinned once.
+
+        Blocks on disk are brought back before, and then what only the source has is fetched.
 
         Cancellation leaves nothing pinned.
         """
         hasher = BlockHasher(self.info.layout, cache_salt, prompt_token_ids[:-1])
         names = name_blocks(hasher, prompt_token_ids[-1])
         on_disk = self.disk.restored(names.hashes, names.or_last) if self.disk else contextlib.nullcontext(())
-        async with on_disk as restored:
+        async with on_disk as restored, self.borrower.borrowed(source, names.hashes) as num_fetched:
+            self.counters["blocks_fetched"] += num_fetched
             stored = look_up(self.store, names, restored)
             self.store.pin(stored.load)
         return hasher, stored
+
+    @property
+    def num_requests(self) -> int:
+        """In the engine."""
+        return len(self._by_engine_id)
 
     def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
         """Refuse what could harm the engine. Raises `InvalidRequestError`."""
@@ -133,7 +157,7 @@ class WorkerHost:
         submission = Submission(plan.ticket, work, self.store, hasher, slots, handlers)
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
-        self._queued_tokens += submission.num_prompt_tokens
+        self.num_queued_tokens += submission.num_prompt_tokens
         self.counters["requests"] += 1
         request = EngineRequest(
             request_id=submission.engine_request_id,
@@ -180,7 +204,7 @@ class WorkerHost:
 
     def _forget(self, submission: Submission) -> None:
         if self._by_engine_id.pop(submission.engine_request_id, None) and not submission.has_first_token:
-            self._queued_tokens -= submission.num_prompt_tokens
+            self.num_queued_tokens -= submission.num_prompt_tokens
 
     async def run_calls(self) -> None:
         """Pass requests and aborts on to the engine."""
@@ -190,13 +214,13 @@ class WorkerHost:
         """Deliver the engine's steps until it dies; raises `EngineDeadError` then."""
         async for step in self._engine.steps():
             if step.has_load:
-                self._load = step
+                self.load = step
             for delta in step.deltas:
                 submission = self._by_engine_id.get(delta.request_id)
                 if submission is None:  # Aborted meanwhile.
                     continue
                 if not submission.has_first_token and delta.token_ids:
-                    self._queued_tokens -= submission.num_prompt_tokens
+                    self.num_queued_tokens -= submission.num_prompt_tokens
                 self.counters["tokens"] += len(delta.token_ids)
                 submission.add_delta(delta)
                 if submission.ended.is_set():
@@ -249,31 +273,6 @@ class WorkerHost:
             self.counters["transfers_expired"] += self.receiver.expire()
             await self.peers.expire()
 
-    def status(self, worker_id: str) -> worker_pb2.WorkerStatus:
-        """Gauges of this moment."""
-        usage = self.store.usage()
-        return worker_pb2.WorkerStatus(
-            worker_id=worker_id,
-            num_running_requests=self._load.num_running_requests,
-            num_waiting_requests=max(0, len(self._by_engine_id) - self._load.num_running_requests),
-            num_queued_prompt_tokens=self._queued_tokens,
-            engine_kv_usage=self._load.kv_usage,
-            num_incoming_transfers=self.receiver.num_transfers,
-            num_outgoing_transfers=self.peers.num_transfers,
-            counters=self.counters,
-            store=worker_pb2.BlockStoreStatus(
-                num_slots=usage.num_slots,
-                num_free=usage.num_free,
-                num_reserved=usage.num_reserved,
-                num_pinned=usage.num_pinned,
-                num_evictable=usage.num_evictable,
-                num_granted=usage.num_granted,
-                slot_bytes=self.segment.slot_bytes,
-                disk_bytes=self.disk.size_bytes if self.disk else 0,
-                num_disk_blocks=self.disk.num_blocks if self.disk else 0,
-            ),
-        )
-
 
 async def _fail_with(broken: asyncio.Future[None]) -> None:
     await broken
@@ -287,13 +286,16 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
     """
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    def on_broken(error: Exception) -> None:
+        if not broken.done():
+            broken.set_exception(error)
+
     def on_kv_reports(reports: Sequence[KvReport]) -> None:
         """Reports are about submissions, so none comes before the host is there."""
         try:
             host.on_kv_reports(reports)
-        except Exception as error:  # Accounts that do not fit the engine's must not go on.
-            if not broken.done():
-                broken.set_exception(error)
+        except Exception as error:
+            on_broken(error)
 
     async with contextlib.AsyncExitStack() as stack:
         segment = Segment.create(config.size_bytes)
@@ -306,8 +308,10 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
         stack.push_async_callback(engine.close)
         info = await engine.start(segment, on_kv_reports)
         async with asyncio.TaskGroup() as tasks:
-            peers = Peers()
-            host = WorkerHost(engine, info, segment, peers, config, tracing)
+            host = WorkerHost(engine, info, segment, config, tracing, on_broken)
+            host.lender = Lender(host.store, segment, info.layout, host.peers, host.counters, tasks)
+            if config.share_memory:
+                host.lender.local_segment = host.local_segment
             if file is not None:
                 host.disk = DiskTier(host.store, segment, file, host.counters)
                 stack.push_async_callback(host.disk.close)
@@ -321,6 +325,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             try:
                 yield host
             finally:
-                await peers.close()
+                host.lender.close()
+                await host.peers.close()
                 for loop in loops:
                     loop.cancel()

@@ -12,8 +12,9 @@ import pytest
 
 from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.offers import LayoutMismatchError, OfferError
 from kvrelay.kv_transfer.push_server import PushServer
-from kvrelay.kv_transfer.receiver import LayoutMismatchError, OfferError, Receiver, Transfer
+from kvrelay.kv_transfer.receiver import Receiver, Transfer
 from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.wire import FrameHeader, checksum, encode_frame
 from kvrelay.v1 import cluster_pb2

@@ -15,6 +15,7 @@ from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.status import worker_status
 from kvrelay.worker.submission import Handlers, Submission
 from kvrelay.worker.work import Work
 from tests.support.eventually import eventually
@@ -74,7 +75,7 @@ async def submit(host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_toke
 
 
 def assert_idle(host: WorkerHost) -> None:
-    status = host.status("w")
+    status = worker_status(host, "w")
     assert (status.store.num_reserved, status.store.num_pinned, status.num_queued_prompt_tokens) == (0, 0, 0)
     assert (status.num_running_requests, status.num_waiting_requests) == (0, 0)
 
@@ -86,7 +87,7 @@ async def test_a_request_runs_to_its_end() -> None:
         await submission.ended.wait()
         await submission.closed.wait()
         assert sum(len(delta.token_ids) for delta in deltas) == 5
-        await eventually(lambda: not host.status("w").num_running_requests)
+        await eventually(lambda: not worker_status(host, "w").num_running_requests)
         assert_idle(host)
 
 
@@ -108,14 +109,14 @@ async def test_a_submission_cancelled_on_its_way_leaves_nothing(num_cancels: int
     async with open_host(engine, STORE, Tracing()) as host:
         engine.may_submit.clear()
         task = asyncio.create_task(submit(host, []))
-        await eventually(lambda: host.status("w").num_queued_prompt_tokens == len(PROMPT))
+        await eventually(lambda: worker_status(host, "w").num_queued_prompt_tokens == len(PROMPT))
         for _ in range(num_cancels):
             task.cancel()
             await asyncio.sleep(0)
         engine.may_submit.set()
         await asyncio.wait([task], timeout=10)
         assert task.cancelled()
-        await eventually(lambda: not host.status("w").store.num_reserved)
+        await eventually(lambda: not worker_status(host, "w").store.num_reserved)
         await eventually(lambda: engine.aborted == ["r.1"])
         assert_idle(host)
 
@@ -156,12 +157,12 @@ async def test_an_engine_that_does_not_start_leaves_nothing() -> None:
 
 async def test_slots_are_lent_to_the_engine_up_to_the_limit_and_again() -> None:
     async with open_host(FragileEngine(), STORE, Tracing()) as host:
-        most = host.status("w").store.num_granted
+        most = worker_status(host, "w").store.num_granted
         assert most == min(64, host.segment.num_slots // 8)
         submission = await submit(host, [], max_tokens=50)
         await submission.closed.wait()
-        assert host.status("w").store.num_granted == most
-        assert host.status("w").store.num_evictable == (len(PROMPT) + 50 - 1) // 4
+        assert worker_status(host, "w").store.num_granted == most
+        assert worker_status(host, "w").store.num_evictable == (len(PROMPT) + 50 - 1) // 4
 
 
 async def test_it_is_not_idle_while_blocks_are_held_for_a_request_that_is_still_elsewhere() -> None:
