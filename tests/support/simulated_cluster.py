@@ -106,7 +106,7 @@ async def simulated_cluster(
 
 
 def _is_idle(worker: SimulatedWorker) -> bool:
-    status = worker.host.status(worker.info.worker_id)
+    status = worker_status(worker.host, worker.info.worker_id)
     store = status.store
     return not (
         status.num_running_requests
