@@ -14,6 +14,7 @@ from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.simulated import SimulatedEngine
 from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer.disk_file import ALIGNMENT_BYTES
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import size_for
@@ -142,12 +143,24 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def open_node(
-    worker_id: str, *, config: SimulatedConfig = CONFIG, num_slots: int = 512, hold_s: float = 60.0
+    worker_id: str,
+    *,
+    config: SimulatedConfig = CONFIG,
+    num_slots: int = 512,
+    num_places: int = 0,
+    hold_s: float = 60.0,
 ) -> AsyncIterator[Node]:
-    """Run a worker that can do both jobs; it must be idle at the end, with all its slots accounted for."""
+    """Run a worker that can do both jobs; it must be idle at the end, with all its slots accounted for.
+
+    `num_places`: blocks that fit on disk.
+    """
     steps = Gate()
     engine = SimulatedEngine(config, sleep=steps.pass_through)
-    store = StoreConfig(size_bytes=size_for(num_slots, config.block_bytes), transfer_hold_s=hold_s)
+    store = StoreConfig(
+        size_bytes=size_for(num_slots, config.block_bytes),
+        transfer_hold_s=hold_s,
+        disk_bytes=num_places * -(-config.block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES,
+    )
     async with open_host(engine, store, Tracing()) as host:
         server = grpc.aio.server(options=server_options())
         kv = GatedKvService(host.receiver, host.lender.lend)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 from typer.testing import CliRunner, Result
 
 from kvrelay.cli import app
@@ -74,6 +75,21 @@ async def test_the_table_and_the_json() -> None:
             ("p1", "ready", 10),
             ("d1", "silent", None),
         ]
+
+
+async def test_blocks_on_disk_are_shown_where_there_is_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_disk = worker_pb2.WorkerStatus()
+    with_disk.CopyFrom(STATUS)
+    with_disk.store.disk_bytes, with_disk.store.num_disk_blocks = 1 << 30, 77
+    async with cluster() as etcd:
+        assert "on disk" not in (await run("--etcd", etcd)).stdout
+        monkeypatch.setattr("tests.integration.client.test_workers.STATUS", with_disk)
+        table = await run("--etcd", etcd)
+        lines = [line.split() for line in table.stdout.splitlines()]
+        assert ["10/100", "40", "77"] in [line[-3:] for line in lines]
+        assert ["d1", "decode", "tiny", "127.0.0.1:1", "silent", *["-"] * 6] in lines
+        rows = json.loads((await run("--etcd", etcd, "--json")).stdout)
+        assert (rows[0]["disk_bytes"], rows[0]["num_disk_blocks"]) == (1 << 30, 77)
 
 
 async def test_an_empty_cluster_is_said_to_be_empty() -> None:

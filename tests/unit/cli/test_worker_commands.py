@@ -72,6 +72,14 @@ def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) ->
     assert (config.otlp_endpoint, config.log_format, config.log_level) == ("http://o:4317", "json", "warning")
 
 
+def test_room_on_disk(etcd: str, configs: list[WorkerConfig], tmp_path: Path) -> None:
+    arguments = ["decode-worker", "--etcd", etcd, "--engine", "simulated", "--kv-disk-path", str(tmp_path)]
+    assert run(*arguments, "--kv-disk-bytes", "1MiB").exit_code == 0
+    (config,) = configs
+    assert (config.store.disk_bytes, config.store.disk_path) == (1 << 20, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_defaults(etcd: str, configs: list[WorkerConfig], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert run("prefill-worker", "--etcd", etcd, "--model", str(tmp_path)).exit_code == 0
@@ -81,6 +89,7 @@ def test_defaults(etcd: str, configs: list[WorkerConfig], tmp_path: Path) -> Non
     assert (config.engine.kind, config.engine.model) == ("vllm", str(tmp_path))
     assert config.engine.served_model_name == tmp_path.name
     assert (config.advertise, config.kv_listen, config.kv_advertise, config.otlp_endpoint) == (None,) * 4
+    assert (config.store.disk_bytes, config.store.disk_path) == (0, Path("/var/tmp"))
 
 
 def test_the_exit_code_of_the_process_is_passed_on(etcd: str, configs: list[WorkerConfig]) -> None:
@@ -96,6 +105,8 @@ def test_the_exit_code_of_the_process_is_passed_on(etcd: str, configs: list[Work
         (["--advertise", "host:0"], 2, "needs the port that others dial"),
         (["--kv-advertise", "host:0"], 2, "--kv-advertise host:0 needs the port that others dial"),
         (["--otlp", "localhost"], 2, "is not the URL of an OTLP receiver"),
+        (["--kv-disk-bytes", "900T"], 2, "--kv-disk-path: /var/tmp has"),
+        (["--kv-disk-bytes", "1", "--kv-disk-path", "/no/such"], 2, "/no/such cannot hold KV blocks: No such file"),
         (["--etcd", "127.0.0.1:1"], 4, "no etcd answers (127.0.0.1:1: Connection refused)"),
     ],
 )

@@ -203,12 +203,15 @@ class DiskMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         disk_writer.MAX_WRITES = MAX_WRITES
-        if hasattr(self, "side"):
-            self.end()
-            self.loop.run_until_complete(self.side.tier.close())
-            self.side.segment.close()
-        self.loop.close()
-        self.folder.cleanup()
+        try:
+            if hasattr(self, "side"):
+                self.end()
+        finally:
+            if hasattr(self, "side"):
+                self.loop.run_until_complete(self.side.tier.close())
+                self.side.segment.close()
+            self.loop.close()
+            self.folder.cleanup()
 
     def end(self) -> None:
         """Requests leave, by themselves or cancelled; what threads have begun they end."""
@@ -226,4 +229,4 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 TestDiskMachine = DiskMachine.TestCase
-TestDiskMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestDiskMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)

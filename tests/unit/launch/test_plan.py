@@ -70,6 +70,14 @@ def test_each_role_has_options_of_its_own_after_the_common_ones() -> None:
     assert [specs[name].environment["VLLM_CPU_OMP_THREADS_BIND"] for name in worker_ids(config)] == ["0|1", "0", "1"]
 
 
+def test_workers_are_told_of_room_on_disk_where_there_is_any() -> None:
+    assert not any("--kv-disk" in shlex.join(spec.arguments) for spec in _specs().values())
+    specs = _specs(dataclasses.replace(CONFIG, kv_disk_bytes=1 << 30, kv_disk_path=Path("/ssd")))
+    with_disk = [name for name, spec in specs.items() if "--kv-disk-bytes" in spec.arguments]
+    assert with_disk == ["prefill-0", "decode-0", "decode-1"]
+    assert f"--kv-disk-bytes {1 << 30} --kv-disk-path /ssd -- --dtype" in shlex.join(specs["decode-1"].arguments)
+
+
 def test_the_coordinator_hears_of_engine_options_that_concern_it() -> None:
     options = ["--dtype=float32", "--max-model-len=4096", "--trust-remote-code", "--tokenizer", "t"]
     config = dataclasses.replace(CONFIG, engine_options=options, coordinator_options=["--tool-parser", "hermes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -60,17 +61,19 @@ class FragileEngine(SimulatedEngine):
         await super().close()
 
 
-async def submit(host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_tokens: int = 5) -> Submission:
+async def submit(
+    host: WorkerHost, deltas: list[worker_pb2.TokenDelta], max_tokens: int = 5, prompt: Sequence[int] = PROMPT
+) -> Submission:
     work = Work(
         name="decode",
         request_id="r",
-        prompt_token_ids=PROMPT,
+        prompt_token_ids=prompt,
         sampling=common_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
         cache_salt="",
         priority=0,
         trace=common_pb2.TraceContext(),
     )
-    hasher, stored = await host.look_up("", PROMPT)
+    hasher, stored = await host.look_up("", prompt)
     return await host.submit(work, hasher, stored, save_partial=False, handlers=Handlers(sink=deltas.append))
 
 
@@ -152,6 +155,43 @@ async def test_an_engine_that_does_not_start_leaves_nothing() -> None:
         async with open_host(engine, STORE, Tracing()):
             pass
     assert engine.closed
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+
+
+async def test_a_disk_that_is_too_small_ends_the_start_before_the_engines(tmp_path: Path) -> None:
+    engine = FragileEngine()
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="bytes free"):
+        async with open_host(
+            engine, StoreConfig(size_bytes=1 << 20, disk_bytes=1 << 60, disk_path=tmp_path), Tracing()
+        ):
+            pass
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+
+
+async def test_a_disk_too_small_for_one_block_ends_the_start(tmp_path: Path) -> None:
+    engine = FragileEngine()
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ExceptionGroup) as caught:
+        async with open_host(engine, StoreConfig(size_bytes=1 << 20, disk_bytes=100, disk_path=tmp_path), Tracing()):
+            pass
+    assert caught.group_contains(ValueError, match="raise --kv-disk-bytes")
+    assert engine.closed
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+
+
+async def test_the_disk_ends_with_the_host(tmp_path: Path) -> None:
+    config = StoreConfig(size_bytes=1 << 20, disk_bytes=1 << 20, disk_path=tmp_path)
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    async with open_host(FragileEngine(), config, Tracing()) as host:
+        assert host.status("w").store.disk_bytes == 1 << 20
+        for i in range(80):
+            submission = await submit(host, [], prompt=[i] * 50)
+            await submission.closed.wait()
+        await eventually(lambda: host.counters["disk_blocks_written"])
+        assert [thread for thread in threading.enumerate() if thread.name.startswith("disk-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("disk-")]
+    assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == num_descriptors
 
 
