@@ -83,7 +83,7 @@ class DiskAccess:
         done(over.result() if self._is_good(over) else None)
 
     def _is_good(self, over: Future[None] | Future[int | None]) -> bool:
-        """Count an error; raises what is neither the disk's nor the system's fault."""
+        """Count an error, and give the disk up for what is neither its nor the system's fault: a mistake of ours."""
         if over.cancelled():
             return False
         match over.exception():
@@ -96,18 +96,22 @@ class DiskAccess:
             case OSError() as error:
                 self._counters["disk_errors"] += 1
                 self._num_failures += 1
-                if self._num_failures >= MAX_FAILURES and not self.is_off:
+                if self._num_failures >= MAX_FAILURES:
                     self._switch_off(error)
             case error:
-                raise error
+                self._counters["disk_errors"] += 1
+                self._switch_off(error)
         return False
 
-    def _switch_off(self, error: OSError) -> None:
+    def _switch_off(self, error: BaseException) -> None:
+        if self.is_off:
+            return
         self.is_off = True
         _log.error(
             "the disk fails and is not used for KV blocks any more; replace it, or correct --kv-disk-path, and restart",
             directory=str(self._file.directory),
             error=str(error),
+            exc_info=None if isinstance(error, OSError) else error,
         )
         self.on_off()
         self._writers.submit(self._file.give_up_space)

@@ -77,9 +77,9 @@ class DiskFile:
             )
 
     def write(self, place: int, block: memoryview) -> int:
-        """Write one block; returns the checksum to read it with. Raises `OSError`."""
+        """Write one block; returns its XXH3-64, to read it with. Raises `OSError`."""
         offset = self._offset(place)
-        digest = xxhash.xxh3_64_intdigest(block)
+        digest: int = xxhash.xxh3_64_intdigest(block)
         done = 0
         while done < len(block):
             done += os.pwrite(self._fd, block[done:], offset + done)

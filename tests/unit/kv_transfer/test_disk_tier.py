@@ -213,6 +213,19 @@ async def test_a_disk_that_fails_is_not_used_any_more() -> None:
         assert await side.restore(range(4)) == [False] * 4
 
 
+async def test_an_error_that_nobody_foresaw_ends_the_use_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a mistake")
+
+    async with disk_side(SLOTS, PLACES) as side:
+        await side.put_slowly(range(40))
+        monkeypatch.setattr(side.file, "read", fail)
+        with capture_logs() as logs:
+            assert await side.restore([0, 1]) == [False, False]
+        assert [line["error"] for line in logs] == ["a mistake"]
+        assert (side.tier.size_bytes, side.tier.num_blocks) == (0, 0)
+
+
 async def test_what_is_written_over_during_the_write_is_not_kept() -> None:
     async with disk_side(SLOTS, PLACES, manual=True) as side:
         assert side.writers is not None
