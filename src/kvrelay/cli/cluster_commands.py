@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvrelay.cli import options as opt
 from kvrelay.cli.failure import process_errors
-from kvrelay.cli.model_option import find_model
+from kvrelay.cli.model_option import FoundModel, find_model
+from kvrelay.cli.option_groups import ApiOptions, EngineOptions, ModelOptions, ObserveOptions, grouped
 from kvrelay.cli.parsing import check_engine_options
 from kvrelay.cli.preflight import check_can_listen, check_disk, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
 from kvrelay.cli.running import running
 
+if TYPE_CHECKING:
+    from kvrelay.coordinator.front_end import FrontEndConfig
+    from kvrelay.coordinator.http_serving import ServingOptions
+    from kvrelay.launch.plan import UpConfig
 
-def coordinator(
-    etcd: opt.EtcdOption,
-    cluster: opt.ClusterOption = "default",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorOptions:
+    """Which coordinator of which cluster it is."""
+
+    etcd: opt.EtcdOption
+    cluster: opt.ClusterOption = "default"
     coordinator_id: Annotated[
         str | None,
         typer.Option(metavar="ID", rich_help_panel=opt.CLUSTER, help="Default: host name and random characters."),
-    ] = None,
-    model: opt.ModelOption = "",
-    served_model_name: opt.ServedNameOption = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontEndOptions:
+    """What lies between text and tokens."""
+
     max_model_len: Annotated[
         int | None,
         typer.Option(min=1, rich_help_panel=opt.MODEL, help="Longest prompt plus answer. Default: what workers hold."),
-    ] = None,
+    ] = None
     tokenizer: Annotated[
         str | None, typer.Option(metavar="PATH|ID", rich_help_panel=opt.MODEL, help="Default: the model's own.")
-    ] = None,
+    ] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", rich_help_panel=opt.MODEL, help="Run code that the model brings.")
-    ] = False,
+    ] = False
     chat_template: Annotated[
         Path | None,
         typer.Option(
@@ -45,25 +59,29 @@ def coordinator(
             rich_help_panel=opt.API,
             help="A Jinja template instead of the model's own.",
         ),
-    ] = None,
+    ] = None
     tool_parser: Annotated[
         str | None,
         typer.Option(metavar="NAME", rich_help_panel=opt.API, help="vLLM's parser of tool calls, for example hermes."),
-    ] = None,
+    ] = None
     reasoning_parser: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=opt.API, help="vLLM's parser of reasoning.")
-    ] = "",
-    http: opt.HttpOption = opt.HTTP,
-    grpc: opt.GrpcOption = opt.GRPC,
+    ] = ""
+
+
+@grouped
+def coordinator(
+    member: CoordinatorOptions,
+    model: ModelOptions,
+    front_end: FrontEndOptions,
+    api: ApiOptions,
+    observe: ObserveOptions,
     advertise_host: Annotated[
         str | None,
         typer.Option(
             metavar="HOST", rich_help_panel=opt.NETWORK, help="Where others reach it. Default: the host it listens on."
         ),
     ] = None,
-    otlp: opt.OtlpOption = None,
-    log_format: opt.LogFormatOption = opt.LogFormat.CONSOLE,
-    log_level: opt.LogLevelOption = opt.LogLevel.INFO,
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
 
@@ -71,47 +89,62 @@ def coordinator(
 
     Example: kvrelay coordinator --etcd 10.0.0.1:2379 --http 0.0.0.0:8000 --grpc 0.0.0.0:50051
     """
-    check_otlp(otlp)
-    check_can_listen("--http", http)
-    check_can_listen("--grpc", grpc)
-    check_etcd(etcd)
-    found = find_model(model, served_model_name)
-    template = chat_template.read_text() if chat_template else None
-    with process_errors(log_level.value):
+    check_otlp(observe.otlp)
+    check_can_listen("--http", api.http)
+    check_can_listen("--grpc", api.grpc)
+    check_etcd(member.etcd)
+    found = find_model(model.model, model.served_model_name)
+    with process_errors(observe.log_level.value):
         from kvrelay import logs
         from kvrelay.coordinator.config import CoordinatorConfig
-        from kvrelay.coordinator.front_end import FrontEndConfig
-        from kvrelay.coordinator.http_serving import ServingOptions
         from kvrelay.coordinator.main import run_coordinator
 
-        logs.configure(level=log_level.value, log_format=log_format.value)
+        logs.configure(level=observe.log_level.value, log_format=observe.log_format.value)
         config = CoordinatorConfig(
-            coordinator_id=coordinator_id or own_id("coordinator"),
-            etcd=[str(address) for address in etcd],
-            cluster=cluster,
-            http_listen=str(http),
-            grpc_listen=str(grpc),
+            coordinator_id=member.coordinator_id or own_id("coordinator"),
+            etcd=[str(address) for address in member.etcd],
+            cluster=member.cluster,
+            http_listen=str(api.http),
+            grpc_listen=str(api.grpc),
             advertise_host=advertise_host,
-            front_end=FrontEndConfig(
-                model=found.path,
-                served_model_name=found.served_name,
-                max_model_len_tokens=max_model_len,
-                engine_args={"tokenizer": tokenizer, "trust_remote_code": trust_remote_code},
-            ),
-            serving=ServingOptions(chat_template=template, tool_parser=tool_parser, reasoning_parser=reasoning_parser),
-            otlp_endpoint=otlp,
-            log_format=log_format.value,
-            log_level=log_level.value,
+            front_end=_front_end(front_end, found),
+            serving=_serving(front_end),
+            otlp_endpoint=observe.otlp,
+            log_format=observe.log_format.value,
+            log_level=observe.log_level.value,
         )
         exit_code = run_coordinator(config)
     raise typer.Exit(exit_code)
 
 
-def up(
-    engine_args: opt.EngineArgsArgument = None,
-    prefill: Annotated[int, typer.Option(min=0, rich_help_panel=opt.CLUSTER, help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, rich_help_panel=opt.CLUSTER, help="Decode workers.")] = 1,
-    etcd: opt.OptionalEtcdOption = None,
+def _front_end(options: FrontEndOptions, found: FoundModel) -> FrontEndConfig:
+    from kvrelay.coordinator.front_end import FrontEndConfig
+
+    return FrontEndConfig(
+        model=found.path,
+        served_model_name=found.served_name,
+        max_model_len_tokens=options.max_model_len,
+        engine_args={"tokenizer": options.tokenizer, "trust_remote_code": options.trust_remote_code},
+    )
+
+
+def _serving(options: FrontEndOptions) -> ServingOptions:
+    from kvrelay.coordinator.http_serving import ServingOptions
+
+    return ServingOptions(
+        chat_template=options.chat_template.read_text() if options.chat_template else None,
+        tool_parser=options.tool_parser,
+        reasoning_parser=options.reasoning_parser,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """What a whole cluster consists of."""
+
+    prefill: Annotated[int, typer.Option(min=0, rich_help_panel=opt.CLUSTER, help="Prefill workers.")] = 1
+    decode: Annotated[int, typer.Option(min=1, rich_help_panel=opt.CLUSTER, help="Decode workers.")] = 1
+    etcd: opt.OptionalEtcdOption = None
     etcd_binary: Annotated[
         Path | None,
         typer.Option(
@@ -121,23 +154,31 @@ def up(
             rich_help_panel=opt.CLUSTER,
             help="The etcd server to start. Default: the one on PATH, or else the one that came with kvrelay.",
         ),
-    ] = None,
-    cluster: opt.ClusterOption = "default",
-    model: opt.ModelOption = "",
-    served_model_name: opt.ServedNameOption = None,
-    engine: opt.EngineOption = opt.EngineKind.VLLM,
-    kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES,
-    kv_disk_bytes: opt.KvDiskBytesOption = 0,
-    kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH,
-    prefill_args: opt.PrefillArgsOption = None,
-    decode_args: opt.DecodeArgsOption = None,
+    ] = None
+    cluster: opt.ClusterOption = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildrenOptions:
+    """What the children are told."""
+
+    prefill_args: opt.PrefillArgsOption = None
+    decode_args: opt.DecodeArgsOption = None
     kv_cache_gib: Annotated[
         int, typer.Option(min=1, rich_help_panel=opt.MODEL, help="Each CPU engine's own KV cache, GiB.")
-    ] = 1,
-    http: opt.HttpOption = opt.HTTP,
-    grpc: opt.GrpcOption = opt.GRPC,
-    otlp: opt.OtlpOption = None,
-    log_level: opt.LogLevelOption = opt.LogLevel.INFO,
+    ] = 1
+    otlp: opt.OtlpOption = None
+    log_level: opt.LogLevelOption = opt.LogLevel.INFO
+
+
+@grouped
+def up(
+    cluster: ClusterOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    api: ApiOptions,
+    children: ChildrenOptions,
+    engine_args: opt.EngineArgsArgument = None,
 ) -> None:
     """Run a whole cluster on this machine until Ctrl-C: etcd, a coordinator, prefill and decode workers.
 
@@ -150,41 +191,52 @@ def up(
     Example: kvrelay up --prefill-args '--tensor-parallel-size 2' --decode-args '--max-num-seqs 64'
     """
     options = check_engine_options(engine_args)
-    check_otlp(otlp)
+    check_otlp(children.otlp)
     if running() is None:  # or else that is the more useful message
-        check_can_listen("--http", http)
-        check_can_listen("--grpc", grpc)
-        check_disk(kv_disk_path, kv_disk_bytes, prefill + decode)
-    if etcd is not None:
-        check_etcd(etcd)
-    found = find_model(model, served_model_name, engine)
-    with process_errors(log_level.value):
-        from kvrelay.launch.plan import UpConfig
-        from kvrelay.launch.state import default_state_dir
+        check_can_listen("--http", api.http)
+        check_can_listen("--grpc", api.grpc)
+        check_disk(engine.kv_disk_path, engine.kv_disk_bytes, cluster.prefill + cluster.decode)
+    if cluster.etcd is not None:
+        check_etcd(cluster.etcd)
+    found = find_model(model.model, model.served_model_name, engine.engine)
+    with process_errors(children.log_level.value):
         from kvrelay.launch.up import run_up
 
-        config = UpConfig(
-            prefill=prefill,
-            decode=decode,
-            etcd=[str(address) for address in etcd or ()],
-            etcd_binary=etcd_binary,
-            cluster=cluster,
-            model=found.path,
-            served_model_name=found.served_name,
-            engine=engine.value,
-            engine_options=options,
-            prefill_options=prefill_args or (),
-            decode_options=decode_args or (),
-            kv_host_bytes=kv_host_bytes,
-            kv_disk_bytes=kv_disk_bytes,
-            kv_disk_path=kv_disk_path.absolute(),
-            kv_cache_gib=kv_cache_gib,
-            http=str(http),
-            grpc=str(grpc),
-            otlp=otlp,
-            log_level=log_level.value,
-            state_dir=default_state_dir(os.environ),
-            environment=dict(os.environ),
-        )
-        exit_code = run_up(config)
+        exit_code = run_up(_up_config(cluster, found, engine, api, children, options))
     raise typer.Exit(exit_code)
+
+
+def _up_config(
+    cluster: ClusterOptions,
+    found: FoundModel,
+    engine: EngineOptions,
+    api: ApiOptions,
+    children: ChildrenOptions,
+    engine_options: tuple[str, ...],
+) -> UpConfig:
+    from kvrelay.launch.plan import UpConfig
+    from kvrelay.launch.state import default_state_dir
+
+    return UpConfig(
+        prefill=cluster.prefill,
+        decode=cluster.decode,
+        etcd=[str(address) for address in cluster.etcd or ()],
+        etcd_binary=cluster.etcd_binary,
+        cluster=cluster.cluster,
+        model=found.path,
+        served_model_name=found.served_name,
+        engine=engine.engine.value,
+        engine_options=engine_options,
+        prefill_options=children.prefill_args or (),
+        decode_options=children.decode_args or (),
+        kv_host_bytes=engine.kv_host_bytes,
+        kv_disk_bytes=engine.kv_disk_bytes,
+        kv_disk_path=engine.kv_disk_path.absolute(),
+        kv_cache_gib=children.kv_cache_gib,
+        http=str(api.http),
+        grpc=str(api.grpc),
+        otlp=children.otlp,
+        log_level=children.log_level.value,
+        state_dir=default_state_dir(os.environ),
+        environment=dict(os.environ),
+    )

@@ -60,15 +60,14 @@ def check_otlp(endpoint: str | None) -> None:
             fail(f"--otlp: {error}", WRONG_USAGE)
 
 
-def advertised(listen: Address, advertise: Address | None) -> Address | None:
-    """What to register. Leaves with a message when `listen` is all interfaces and nothing is said."""
+def check_advertised(listen: Address, advertise: Address | None) -> None:
+    """Leaves with a message when others could not dial it: no port, or all interfaces and nothing said."""
+    check_dialled("--advertise", advertise)
     if advertise is None and listen.host in (ALL_INTERFACES, "::"):
         fail(f"others cannot dial {listen}; say with --advertise HOST:PORT where they reach this worker", WRONG_USAGE)
-    return check_dialled("--advertise", advertise)
 
 
-def check_dialled(option: str, address: Address | None) -> Address | None:
-    """The address itself. Leaves with a message when it has no port."""
+def check_dialled(option: str, address: Address | None) -> None:
+    """Leaves with a message when the address has no port."""
     if address is not None and address.port == 0:
         fail(f"{option} {address} needs the port that others dial", WRONG_USAGE)
-    return address
