@@ -80,6 +80,13 @@ def status_of(error: KvrelayError) -> ErrorStatus:
     return STATUSES[type(error)]
 
 
+def first_leaf(error: BaseException) -> BaseException:
+    """The error itself, or the first one inside of a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def error_from_grpc(code: grpc.StatusCode, details: str) -> KvrelayError:
     """The exception behind a gRPC status; statuses outside the table become `GenerationFailedError`."""
     for kind, status in STATUSES.items():

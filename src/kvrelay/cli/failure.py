@@ -53,6 +53,7 @@ def process_errors(log_level: str) -> Iterator[None]:
 
     Anything unforeseen keeps its traceback, and everything does when `log_level` is `debug`.
     """
+    from kvrelay.errors import first_leaf
     from kvrelay.etcd import EtcdUnavailableError
     from kvrelay.etcd.server import EtcdServerError
     from kvrelay.launch.engines import EngineOptionsError
@@ -62,7 +63,7 @@ def process_errors(log_level: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        cause = _first_leaf(error)
+        cause = first_leaf(error)
         if log_level == "debug":
             raise
         if isinstance(cause, EtcdUnavailableError):
@@ -74,9 +75,3 @@ def process_errors(log_level: str) -> Iterator[None]:
         if isinstance(cause, ValueError | OSError):
             fail(f"{cause} (--log-level debug shows where)", FAILED)
         raise
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from kvrelay import __version__, etcd, grpc_options, logs, membership
 from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.base import EngineDeadError, EngineInfo
+from kvrelay.errors import first_leaf
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
@@ -84,15 +85,9 @@ def run_worker(config: WorkerConfig) -> int:
         try:
             uvloop.run(_serve(config, signals))
         except* EngineDeadError as dead:
-            _log.error("engine died", error=str(_first_leaf(dead)))
+            _log.error("engine died", error=str(first_leaf(dead)))
             exit_code = EXIT_ENGINE_DEAD
     return exit_code
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _prepare_process(scratch: str) -> None:

@@ -259,7 +259,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class StepOutputs(_message.Message):
-    """All tokens of one engine step for the requests of one coordinator."""
+    """All tokens of one engine step for the requests of one coordinator; more than 4 MiB are several messages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import grpc
 import structlog
 
+from kvrelay.errors import first_leaf
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.worker.outbox import OutboxFullError
 from kvrelay.worker.role import DecodeRunner, PrefillRunner
 from kvrelay.worker.session import Session
 
@@ -49,7 +51,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is hello")
         with self._session(hello.hello.coordinator_id):
             await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._info())))
-            await Session(self._prefill, self._decode, self._status).run(request_iterator, context.write)
+            unread = None
+            try:
+                await Session(self._prefill, self._decode, self._status).run(request_iterator, context.write)
+            except* OutboxFullError as group:
+                unread = str(first_leaf(group))
+            if unread is not None:
+                _log.error("session ended", coordinator_id=hello.hello.coordinator_id, reason=unread)
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, unread)
 
     @contextlib.contextmanager
     def _session(self, coordinator_id: str) -> Iterator[None]:

@@ -9,42 +9,48 @@ from functools import partial
 import structlog
 
 from kvrelay.errors import InvalidRequestError, KvrelayError
+from kvrelay.grpc_options import MAX_MESSAGE_BYTES
 from kvrelay.v1 import worker_pb2
+from kvrelay.worker.outbox import Outbox, Write
 from kvrelay.worker.role import DecodeRunner, PrefillRunner
 
 _log = structlog.get_logger(__name__)
 _STATUS_INTERVAL_S = 0.25
+_MAX_DELTA_BYTES = MAX_MESSAGE_BYTES - 1024
+"""The rest is for the messages around it."""
 _Failed = worker_pb2.RequestFailed
 _Work = Callable[[], Awaitable[None]]
 """Called in the job's own task: a job that is cancelled before it runs has started nothing."""
 
 
 class Session:
-    """The requests of one coordinator. They end with the stream that brought them.
-
-    Deltas and failures wait in one outbox; whatever is there when the stream takes a message goes out together, so
-    the tokens of an engine step travel in one message and a slow coordinator gets larger ones, not more of them.
-    """
+    """The requests of one coordinator. They end with the stream that brought them, or that it does not read."""
 
     def __init__(
-        self, prefill: PrefillRunner, decode: DecodeRunner, status: Callable[[], worker_pb2.WorkerStatus]
+        self,
+        prefill: PrefillRunner,
+        decode: DecodeRunner,
+        status: Callable[[], worker_pb2.WorkerStatus],
+        *,
+        outbox: Outbox | None = None,
     ) -> None:
         self._prefill = prefill
         self._decode = decode
         self._status = status
         self._jobs: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._deltas: list[worker_pb2.TokenDelta] = []
-        self._others: list[worker_pb2.WorkerMessage] = []
-        self._outbox_filled = asyncio.Event()
+        self._outbox = outbox or Outbox()
 
     async def run(
         self,
         messages: AsyncIterator[worker_pb2.CoordinatorMessage],
-        write: Callable[[worker_pb2.WorkerMessage], Awaitable[None]],
+        write: Write,
     ) -> None:
-        """Serve until the coordinator closes the stream or the caller is cancelled; no job outlives this."""
+        """Serve until the coordinator closes the stream or the caller is cancelled; no job outlives this.
+
+        Raises a group with what `write` raises, or with `OutboxFullError`.
+        """
         async with asyncio.TaskGroup() as tasks:
-            loops = [tasks.create_task(self._write(write)), tasks.create_task(self._report_status())]
+            loops = [tasks.create_task(self._outbox.run(write)), tasks.create_task(self._report_status())]
             try:
                 async for message in messages:
                     self._handle(message, tasks)
@@ -57,13 +63,9 @@ class Session:
         while True:
             status = self._status()
             if status != last:
-                self._post(worker_pb2.WorkerMessage(status=status))
+                self._outbox.post(worker_pb2.WorkerMessage(status=status))
                 last = status
             await asyncio.sleep(_STATUS_INTERVAL_S)
-
-    def _post(self, message: worker_pb2.WorkerMessage) -> None:
-        self._others.append(message)
-        self._outbox_filled.set()
 
     def _handle(self, message: worker_pb2.CoordinatorMessage, tasks: asyncio.TaskGroup) -> None:
         match message.WhichOneof("message"):
@@ -104,19 +106,13 @@ class Session:
 
     def _fail(self, request_id: str, reason: worker_pb2.RequestFailed.Reason.ValueType, message: str) -> None:
         failed = _Failed(request_id=request_id, reason=reason, message=message)
-        self._post(worker_pb2.WorkerMessage(failed=failed))
+        self._outbox.post(worker_pb2.WorkerMessage(failed=failed))
 
     def _add_delta(self, delta: worker_pb2.TokenDelta) -> None:
-        self._deltas.append(delta)
-        self._outbox_filled.set()
-
-    async def _write(self, write: Callable[[worker_pb2.WorkerMessage], Awaitable[None]]) -> None:
-        while True:
-            await self._outbox_filled.wait()
-            self._outbox_filled.clear()
-            deltas, self._deltas = self._deltas, []
-            others, self._others = self._others, []
-            if deltas:
-                await write(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(deltas=deltas)))
-            for message in others:
-                await write(message)
+        if delta.ByteSize() <= _MAX_DELTA_BYTES:
+            self._outbox.add_delta(delta)
+            return
+        # Nobody else's tokens may end with a message that gRPC does not take.
+        self._cancel(delta.request_id)
+        message = f"one answer has {delta.ByteSize()} bytes and at most {_MAX_DELTA_BYTES} can be sent; ask for fewer"
+        self._fail(delta.request_id, _Failed.REASON_INVALID, f"{message} log probabilities")

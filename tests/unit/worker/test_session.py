@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kvrelay.errors import InvalidRequestError, WorkerLostError
+from kvrelay.errors import InvalidRequestError, WorkerLostError, first_leaf
 from kvrelay.v1 import worker_pb2
+from kvrelay.worker.outbox import Outbox, OutboxFullError
 from kvrelay.worker.session import Session
 from kvrelay.worker.submission import Sink
 from tests.support.eventually import eventually
@@ -58,11 +59,11 @@ class Stream:
         self.may_write.set()
         self._inbox: asyncio.Queue[worker_pb2.CoordinatorMessage | None] = asyncio.Queue()
 
-    async def run(self) -> None:
+    async def run(self, outbox: Outbox | None = None) -> None:
         def status() -> worker_pb2.WorkerStatus:
             return worker_pb2.WorkerStatus.FromString(self.status.SerializeToString())
 
-        await Session(self.role, self.role, status).run(self._messages(), self._write)
+        await Session(self.role, self.role, status, outbox=outbox).run(self._messages(), self._write)
 
     async def _messages(self) -> AsyncIterator[worker_pb2.CoordinatorMessage]:
         while (message := await self._inbox.get()) is not None:
@@ -143,6 +144,33 @@ async def test_a_slow_coordinator_gets_larger_messages_not_more() -> None:
         await eventually(lambda: sum(len(m.step.deltas) for m in stream.of("step")) == 50)
         assert len(stream.of("step")) == 2
         assert [d.token_ids[0] for m in stream.of("step") for d in m.step.deltas] == list(range(50))
+
+
+async def test_an_answer_too_large_for_a_message_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvrelay.worker.session._MAX_DELTA_BYTES", 100)
+    async with open_stream() as stream:
+        stream.decode("a")
+        stream.decode("b")
+        await stream.started("decode-a", "decode-b")
+        stream.role.sinks["decode-a"](delta("a", *range(200)))
+        stream.role.sinks["decode-b"](delta("b", 1))
+        await eventually(stream.failures)
+        assert stream.failures() == [("a", Failed.REASON_INVALID)]
+        assert [d.request_id for m in stream.of("step") for d in m.step.deltas] == ["b"]
+        assert stream.role.running == {"decode-b"}
+
+
+async def test_a_coordinator_that_does_not_read_loses_its_session() -> None:
+    stream = Stream(FakeRole())
+    stream.may_write.clear()
+    session = asyncio.create_task(stream.run(Outbox(max_waiting_bytes=1000)))
+    stream.decode("a")
+    await stream.started("decode-a")
+    for _ in range(20):
+        stream.role.sinks["decode-a"](delta("a", *range(100)))
+    await asyncio.wait([session], timeout=10)
+    assert isinstance(first_leaf(session.exception() or AssertionError()), OutboxFullError)
+    assert not stream.role.running
 
 
 async def test_a_cancel_ends_both_halves_of_a_request() -> None:
