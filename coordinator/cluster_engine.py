@@ -22,7 +22,7 @@ from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.output_sink import EngineOutputSink
-from kvrelay.coordinator.prompt_limits import check_prompt, check_request, clamp_max_tokens
+from kvrelay.coordinator.prompt_limits import MAX_N, check_prompt, check_request, clamp_max_tokens
 from kvrelay.coordinator.request_flow import Completion, FlowRequest
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
@@ -42,7 +42,7 @@ class ClusterEngineConfig:
     """How long a decode worker waits for announced KV blocks before it computes what is missing."""
     max_requests: int = 4096
     """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""
-    max_completions_per_request: int = 128
+    max_completions_per_request: int = MAX_N
     max_timelines: int = 1024
     """Ended requests whose timeline can still be asked for."""
 

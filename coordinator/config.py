@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from kvrelay import default_addresses
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEndConfig
-from kvrelay.coordinator.http_limits import HttpLimits
 from kvrelay.coordinator.http_serving import ServingOptions
+from kvrelay.coordinator.request_limits import RequestLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class CoordinatorConfig:
     """Name under which others reach this process; where it listens when None."""
     front_end: FrontEndConfig
     engine: ClusterEngineConfig = field(default_factory=ClusterEngineConfig)
-    limits: HttpLimits = field(default_factory=HttpLimits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     serving: ServingOptions = field(default_factory=ServingOptions)
     """Templates and parsers of the OpenAI API."""
     max_queued_messages: int = 4096

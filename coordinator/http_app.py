@@ -14,10 +14,10 @@ from vllm.engine.protocol import EngineClient
 
 from kvrelay.coordinator.http_body import ClientGoneError, read_json
 from kvrelay.coordinator.http_errors import HttpError, error_of, with_parameter
-from kvrelay.coordinator.http_limits import HttpLimits
 from kvrelay.coordinator.http_reply import Reply, until_disconnect
 from kvrelay.coordinator.http_routes import Call, Routes
 from kvrelay.coordinator.http_serving import ServingOptions, build_serving
+from kvrelay.coordinator.request_limits import RequestLimits
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -29,14 +29,14 @@ def build_app(
     *,
     served_model_name: str,
     ready: Callable[[], bool],
-    limits: HttpLimits | None = None,
+    limits: RequestLimits | None = None,
     options: ServingOptions | None = None,
 ) -> ASGIApp:
     """The OpenAI API over `engine`, to be run in the engine's event loop; `ready` tells whether it can serve now.
 
     Owns nothing: starting and ending the engine is the caller's. Raises what vLLM raises for an unknown parser.
     """
-    limits = limits or HttpLimits()
+    limits = limits or RequestLimits()
     serving = build_serving(engine, served_model_name, options or ServingOptions())
     return Gateway(Routes(serving, limits, ready), limits)
 
@@ -44,7 +44,7 @@ def build_app(
 class Gateway:
     """Finds the route of a request, and turns every failure into OpenAI's error object."""
 
-    def __init__(self, routes: Routes, limits: HttpLimits) -> None:
+    def __init__(self, routes: Routes, limits: RequestLimits) -> None:
         self._limits = limits
         self._models = routes.model
         self._routes: dict[str, tuple[str, Handler]] = {

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from kvrelay.coordinator.http_errors import HttpError
-from kvrelay.coordinator.http_limits import HttpLimits
+from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.errors import InvalidRequestError, RequestTooLargeError
 
 
@@ -19,7 +19,7 @@ class ClientGoneError(Exception):
     """The connection was closed; nobody waits for an answer."""
 
 
-async def read_json(receive: Receive, headers: Headers, limits: HttpLimits) -> Any:
+async def read_json(receive: Receive, headers: Headers, limits: RequestLimits) -> Any:
     """The decoded body: no NaN, no infinity, no broken Unicode.
 
     Raises `ClientGoneError`, `RequestTooLargeError`, `InvalidRequestError`, or `HttpError` for another media type.
@@ -37,7 +37,7 @@ async def read_json(receive: Receive, headers: Headers, limits: HttpLimits) -> A
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
-async def _read(receive: Receive, headers: Headers, limits: HttpLimits) -> bytes:
+async def _read(receive: Receive, headers: Headers, limits: RequestLimits) -> bytes:
     announced = headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limits.max_body_bytes:
         raise _too_large(limits)
@@ -62,5 +62,5 @@ async def _read(receive: Receive, headers: Headers, limits: HttpLimits) -> bytes
     return bytes(body)
 
 
-def _too_large(limits: HttpLimits) -> RequestTooLargeError:
+def _too_large(limits: RequestLimits) -> RequestTooLargeError:
     return RequestTooLargeError(f"the body is larger than the limit of {limits.max_body_bytes} bytes")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvrelay.coordinator.http_limits import RequestBounds
 from kvrelay.coordinator.http_prompts import check_messages, check_prompts
 from kvrelay.coordinator.json_checks import (
     Check,
@@ -18,13 +17,13 @@ from kvrelay.coordinator.json_checks import (
     check_depth,
     integer,
     is_integer,
-    logit_bias,
-    number,
     string,
-    strings,
     structure,
     token_ids,
 )
+from kvrelay.coordinator.prompt_limits import MAX_CACHE_SALT_CHARS
+from kvrelay.coordinator.request_limits import RequestBounds
+from kvrelay.coordinator.sampling_checks import SAMPLING
 from kvrelay.errors import InvalidRequestError
 
 _INT31 = 2**31 - 1
@@ -59,42 +58,17 @@ def check_tool_choice(name: str, value: Any, bounds: RequestBounds) -> None:
         structure(_small)(name, value, bounds)
 
 
-_SAMPLING: dict[str, Check] = {
-    "frequency_penalty": number(-2, 2),
-    "presence_penalty": number(-2, 2),
-    "repetition_penalty": number(0.01, 10),
-    "temperature": number(0, 2),
-    "top_p": number(1e-6, 1),
-    "top_k": integer(-1, _INT31),
-    "min_p": number(0, 1),
-    "seed": integer(-(2**63), _INT64),
-    "min_tokens": integer(0, lambda bounds: bounds.max_model_len_tokens),
-    "ignore_eos": boolean,
-    "stop": strings(
-        lambda bounds: bounds.limits.max_stop_strings, lambda bounds: bounds.limits.max_stop_chars, or_one=True
-    ),
-    "stop_token_ids": token_ids(lambda bounds: bounds.limits.max_stop_token_ids),
-    "include_stop_str_in_output": boolean,
-    "logit_bias": logit_bias,
-    "allowed_token_ids": token_ids(lambda bounds: bounds.vocab_size),
-    "bad_words": strings(lambda bounds: bounds.limits.max_bad_words, lambda bounds: bounds.limits.max_bad_word_chars),
-    "prompt_logprobs": integer(0, lambda bounds: bounds.max_logprobs),
-    "skip_special_tokens": boolean,
-    "spaces_between_special_tokens": boolean,
+_COMMON: dict[str, Check] = {
+    **SAMPLING,
     "response_format": structure(lambda bounds: bounds.limits.max_constraint_bytes),
     "structured_outputs": structure(lambda bounds: bounds.limits.max_constraint_bytes, *_CONSTRAINTS),
-    "n": integer(1, lambda bounds: bounds.limits.max_completions),
-}
-
-_COMMON: dict[str, Check] = {
-    **_SAMPLING,
     "model": string(1024),
     "stream": boolean,
     "stream_options": structure(_small, "include_usage", "continuous_usage_stats"),
     "echo": boolean,
     "add_special_tokens": boolean,
     "priority": integer(-(2**31), _INT31),
-    "cache_salt": string(128),
+    "cache_salt": string(MAX_CACHE_SALT_CHARS),
     "return_token_ids": boolean,
     "return_tokens_as_token_ids": boolean,
     "user": string(1024),

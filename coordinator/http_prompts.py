@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvrelay.coordinator.http_limits import RequestBounds
 from kvrelay.coordinator.json_checks import is_integer, refuse
+from kvrelay.coordinator.request_limits import RequestBounds
 from kvrelay.errors import InvalidRequestError
 
 _CONTENT_TYPES = ("text", "refusal")

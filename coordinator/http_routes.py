@@ -17,11 +17,11 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Tokenize
 
 import kvrelay
 from kvrelay.coordinator.http_errors import HttpError, error_of_response
-from kvrelay.coordinator.http_limits import HttpLimits, bounds_now
 from kvrelay.coordinator.http_parameters import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, check_parameters
 from kvrelay.coordinator.http_reply import Reply
 from kvrelay.coordinator.http_serving import Serving, request_for_vllm
 from kvrelay.coordinator.json_checks import Check
+from kvrelay.coordinator.request_limits import RequestLimits, bounds_now
 from kvrelay.errors import InvalidRequestError, ModelNotFoundError
 
 
@@ -39,7 +39,7 @@ class Call:
 class Routes:
     """One method per route; each answers its call or raises."""
 
-    def __init__(self, serving: Serving, limits: HttpLimits, ready: Callable[[], bool]) -> None:
+    def __init__(self, serving: Serving, limits: RequestLimits, ready: Callable[[], bool]) -> None:
         self._serving = serving
         self._limits = limits
         self._ready = ready

@@ -15,8 +15,9 @@ from vllm.inputs import EngineInput
 from kvrelay.coordinator.client_sampling import client_sampling
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.generate_responses import ResponseBuilder
-from kvrelay.coordinator.prompt_limits import check_token_ids
+from kvrelay.coordinator.grpc_checks import check_detokenize, check_generate, check_tokenize
 from kvrelay.coordinator.prompt_rendering import ChatTemplate, render_chat, render_text, render_token_ids
+from kvrelay.coordinator.request_limits import RequestBounds, RequestLimits, bounds_now
 from kvrelay.coordinator.vllm_errors import from_vllm_error
 from kvrelay.errors import GenerationFailedError, InvalidRequestError, ModelNotFoundError, status_of
 from kvrelay.tracing import current_context
@@ -32,8 +33,11 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Translates, calls the engine, maps errors. Cancelling a call ends its generation."""
 
-    def __init__(self, engine: ClusterEngine, *, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, engine: ClusterEngine, *, template: ChatTemplate | None = None, limits: RequestLimits | None = None
+    ) -> None:
         self._engine = engine
+        self._limits = limits or RequestLimits()
         self._template = template or ChatTemplate()
         self._default_sampling = engine.model_config.get_diff_sampling_param()
 
@@ -47,6 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 raise InvalidRequestError(
                     "request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id"
                 )
+            check_generate(request, self._bounds())
             prompt = await self._render(request)
             params = client_sampling(request.sampling, self._default_sampling)
             builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs)
@@ -80,6 +85,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         try:
             self._check_model(request.model)
+            check_tokenize(request, self._bounds())
             renderer = self._engine.renderer
             match request.WhichOneof("input"):
                 case "text":
@@ -100,7 +106,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         try:
             self._check_model(request.model)
-            check_token_ids(request.token_ids, self._engine.model_config.get_vocab_size(), field="token_ids")
+            check_detokenize(request, self._bounds())
             text = self._engine.renderer.get_tokenizer().decode(list(request.token_ids))
         except Exception as error:
             await _abort(context, error, "detokenize")
@@ -117,6 +123,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 return await render_chat(renderer, request.chat, self._template, cache_salt=salt)
             case _:
                 raise InvalidRequestError("one of text, token_ids and chat is needed", field="prompt")
+
+    def _bounds(self) -> RequestBounds:
+        return bounds_now(self._limits, self._engine.model_config)
 
     def _check_model(self, model: str) -> None:
         served = self._engine.served_model_name

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from kvrelay.coordinator.http_limits import RequestBounds
+from kvrelay.coordinator.request_limits import RequestBounds
 from kvrelay.errors import InvalidRequestError
 
 Check = Callable[[str, Any, RequestBounds], None]

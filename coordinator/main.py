@@ -148,7 +148,9 @@ async def _grpc_server(
         interceptors=[TracingServerInterceptor(tracing, _SERVICE)],
     )
     template = ChatTemplate(text=config.serving.chat_template, arguments=config.serving.chat_template_kwargs)
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(engine, template=template), server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(
+        InferenceService(engine, template=template, limits=config.limits), server
+    )
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -10,6 +10,9 @@ from vllm.sampling_params import SamplingParams
 from kvrelay.errors import InvalidRequestError
 
 PRIORITY_LIMIT = 2**31
+MAX_N = 128
+"""Completions of one prompt: each is a sequence on the same decode worker."""
+MAX_CACHE_SALT_CHARS = 128
 MAX_CONSTRAINT_BYTES = 64 * 1024
 """A grammar compiles in seconds at this size, in the engine; time grows with the square of it."""
 

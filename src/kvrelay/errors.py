@@ -88,7 +88,12 @@ def first_leaf(error: BaseException) -> BaseException:
 
 
 def error_from_grpc(code: grpc.StatusCode, details: str) -> KvrelayError:
-    """The exception behind a gRPC status; statuses outside the table become `GenerationFailedError`."""
+    """The exception behind a gRPC status; statuses outside the table become `GenerationFailedError`.
+
+    A message over the size limit never reaches a service: gRPC itself refuses it, with the status of an overload.
+    """
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
+        return RequestTooLargeError(details)
     for kind, status in STATUSES.items():
         if status.grpc is code:
             return kind(details)

@@ -12,7 +12,7 @@ import pytest
 
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
-from kvrelay.coordinator.http_limits import HttpLimits
+from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.v1 import worker_pb2
 from tests.support.fake_worker import MODEL, delta
 from tests.support.gateway import GatewayUnderTest, gateway
@@ -359,7 +359,7 @@ async def test_unknown_paths_and_methods_get_the_error_object(served: GatewayUnd
 
 
 async def test_a_body_over_the_limit_is_refused_while_it_comes(front_end: FrontEnd) -> None:
-    async with gateway(front_end, TOKENS, limits=HttpLimits(max_body_bytes=1000)) as served:
+    async with gateway(front_end, TOKENS, limits=RequestLimits(max_body_bytes=1000)) as served:
         big = json.dumps({"prompt": "x" * 2000}).encode()
         headers = {"content-type": "application/json"}
         response = await served.http.post(COMPLETIONS, content=big, headers=headers)
@@ -376,7 +376,7 @@ async def test_a_body_over_the_limit_is_refused_while_it_comes(front_end: FrontE
 
 
 async def test_a_body_that_does_not_come_times_out(front_end: FrontEnd) -> None:
-    async with gateway(front_end, TOKENS, limits=HttpLimits(body_timeout_s=0.05)) as served:
+    async with gateway(front_end, TOKENS, limits=RequestLimits(body_timeout_s=0.05)) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n")
         writer.write(b"content-length: 100\r\n\r\n{")

@@ -15,7 +15,7 @@ import pytest
 
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.http_app import build_app
-from kvrelay.coordinator.http_limits import HttpLimits
+from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.v1 import common_pb2
 from tests.support.fake_cluster import fake_cluster, until
 from tests.support.fake_worker import delta
@@ -148,7 +148,7 @@ async def test_a_client_that_stops_reading_and_then_leaves_ends_the_request(fron
 
 
 async def test_closing_while_the_body_is_sent_leaves_nothing(front_end: FrontEnd) -> None:
-    async with gateway(front_end, limits=HttpLimits(body_timeout_s=30)) as served:
+    async with gateway(front_end, limits=RequestLimits(body_timeout_s=30)) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
         writer.write(b"content-length: 1000\r\n\r\n{")

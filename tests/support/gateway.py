@@ -13,9 +13,9 @@ import openai
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.http_app import build_app
-from kvrelay.coordinator.http_limits import HttpLimits
 from kvrelay.coordinator.http_server import http_server
 from kvrelay.coordinator.http_serving import ServingOptions
+from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2
 from tests.support.fake_cluster import FakeCluster, fake_cluster
@@ -46,7 +46,7 @@ async def gateway(
     front_end: FrontEnd,
     tokens: Sequence[int] | None = None,
     *,
-    limits: HttpLimits | None = None,
+    limits: RequestLimits | None = None,
     options: ServingOptions | None = None,
     ready: Callable[[], bool] | None = None,
     with_prefill: bool = True,

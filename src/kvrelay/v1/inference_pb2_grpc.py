@@ -27,7 +27,9 @@ if _version_not_supported:
 
 class InferenceStub(object):
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     def __init__(self, channel):
@@ -60,7 +62,9 @@ class InferenceStub(object):
 
 class InferenceServicer(object):
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     def Generate(self, request, context):
@@ -121,7 +125,9 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     @staticmethod

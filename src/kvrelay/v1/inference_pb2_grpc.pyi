@@ -28,7 +28,9 @@ GRPC_VERSION: str
 
 class InferenceStub:
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     @_typing.overload
@@ -44,7 +46,9 @@ class InferenceStub:
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -56,7 +60,9 @@ class InferenceAsyncStub(InferenceStub):
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """What clients call. Errors are gRPC statuses: INVALID_ARGUMENT names the field and the limit,
-    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now.
+    NOT_FOUND an unknown model, UNAVAILABLE that no worker can serve now, RESOURCE_EXHAUSTED that too
+    much is in flight or, from gRPC itself, that a message is too large. Values have the limits of the
+    OpenAI API.
     """
 
     @_abc_1.abstractmethod

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from kvrelay.coordinator.http_limits import HttpLimits, RequestBounds
 from kvrelay.coordinator.http_parameters import (
     CHAT,
     COMPLETION,
@@ -20,9 +19,10 @@ from kvrelay.coordinator.http_parameters import (
     check_parameters,
 )
 from kvrelay.coordinator.json_checks import check_depth
+from kvrelay.coordinator.request_limits import RequestBounds, RequestLimits
 from kvrelay.errors import InvalidRequestError
 
-BOUNDS = RequestBounds(limits=HttpLimits(), vocab_size=1000, max_model_len_tokens=512, max_logprobs=20)
+BOUNDS = RequestBounds(limits=RequestLimits(), vocab_size=1000, max_model_len_tokens=512, max_logprobs=20)
 TABLES = {"chat": CHAT, "completion": COMPLETION, "tokenize": TOKENIZE, "detokenize": DETOKENIZE}
 JSON = st.recursive(
     st.none()

@@ -11,9 +11,14 @@ import grpc
 import grpc.aio
 import pytest
 
+from kvrelay.client.connection import client_error
 from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.http_parameters import CHAT, COMPLETION
 from kvrelay.coordinator.inference_service import InferenceService
-from kvrelay.grpc_options import open_channel, server_options
+from kvrelay.coordinator.request_limits import RequestLimits
+from kvrelay.coordinator.sampling_checks import SAMPLING
+from kvrelay.errors import RequestTooLargeError
+from kvrelay.grpc_options import MAX_MESSAGE_BYTES, open_channel, server_options
 from kvrelay.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.support.fake_worker import MODEL, delta
@@ -23,10 +28,12 @@ PROMPT = list(range(1000, 1020))
 
 
 @contextlib.asynccontextmanager
-async def service(front_end: FrontEnd, tokens: Sequence[int] | None = None) -> AsyncIterator[tuple[FakeCluster, Any]]:
+async def service(
+    front_end: FrontEnd, tokens: Sequence[int] | None = None, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> AsyncIterator[tuple[FakeCluster, Any]]:
     """A cluster and a stub of its Inference service."""
     async with fake_cluster(front_end, tokens) as cluster:
-        server = grpc.aio.server(options=server_options())
+        server = grpc.aio.server(options=server_options(max_message_bytes=max_message_bytes))
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(cluster.engine), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -154,7 +161,7 @@ TOKENS = common_pb2.TokenIds(ids=[1])
         (Generate(token_ids=TOKENS, request_id="a b"), "INVALID_ARGUMENT", "request_id"),
         (Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(top_p=3)), "INVALID_ARGUMENT", "top_p"),
         (Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(max_tokens=0)), "INVALID_ARGUMENT", "max_tok"),
-        (Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(n=0)), "INVALID_ARGUMENT", "n must be"),
+        (Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(n=0)), "INVALID_ARGUMENT", "n is 0"),
         (Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(eos_token_id=3)), "INVALID_ARGUMENT", "eos"),
         (
             Generate(
@@ -191,6 +198,79 @@ async def test_bad_requests_get_a_status_that_names_the_reason(
         assert not cluster.decode.received
         assert not cluster.prefill.received
         cluster.assert_idle()
+
+
+LIMITS = RequestLimits()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        ({"n": LIMITS.max_n + 1}, "from 1 to 128"),
+        ({"stop": ["x"] * (LIMITS.max_stop_strings + 1)}, "at most 16 strings"),
+        ({"stop": ["x" * (LIMITS.max_stop_chars + 1)]}, "of 1 to 256 characters"),
+        ({"stop_token_ids": [1] * (LIMITS.max_stop_token_ids + 1)}, "at most 256 token ids"),
+        ({"stop_token_ids": [49152]}, "from 0 to 49151"),
+        ({"logit_bias": dict.fromkeys(range(LIMITS.max_logit_biases + 1), 1.0)}, "at most 1024 fields"),
+        ({"logit_bias": {1: 101.0}}, "from -100 to 100"),
+        ({"bad_words": ["x"] * (LIMITS.max_bad_words + 1)}, "at most 128 strings"),
+        ({"logprobs": 1000}, "logprobs is 1000"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_sampling_has_the_limits_of_the_openai_api(
+    front_end: FrontEnd, sampling: dict[str, Any], says: str
+) -> None:
+    request = Generate(token_ids=TOKENS, sampling=common_pb2.SamplingParams(**sampling))
+    async with service(front_end) as (cluster, stub):
+        with pytest.raises(grpc.aio.AioRpcError, match=says) as raised:
+            await collect(stub.Generate(request))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert not cluster.decode.received
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "says"),
+    [
+        (
+            "Detokenize",
+            inference_pb2.DetokenizeRequest(token_ids=[1] * (LIMITS.max_detokenize_tokens + 1)),
+            "at most 131072 token ids",
+        ),
+        (
+            "Tokenize",
+            inference_pb2.TokenizeRequest(text="x" * (LIMITS.max_tokenize_chars + 1)),
+            "1048577 characters; at most 1048576",
+        ),
+        (
+            "Tokenize",
+            inference_pb2.TokenizeRequest(
+                chat=inference_pb2.Chat(messages=[{"role": "user"}] * (LIMITS.max_messages + 1))  # type: ignore[list-item]
+            ),
+            "4097 messages; at most 4096",
+        ),
+    ],
+)
+async def test_so_have_texts_and_tokens(front_end: FrontEnd, method: str, request_: Any, says: str) -> None:
+    async with service(front_end) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError, match=says) as raised:
+            await getattr(stub, method)(request_)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_both_apis_share_their_checks() -> None:
+    for table in (CHAT, COMPLETION):
+        assert {name: table[name] for name in SAMPLING} == SAMPLING
+
+
+async def test_a_message_over_the_limit_is_too_large_and_not_an_overload(front_end: FrontEnd) -> None:
+    async with service(front_end, max_message_bytes=10_000) as (cluster, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await collect(stub.Generate(Generate(text="x" * 20_000)))
+        assert not cluster.decode.received
+    error = client_error(raised.value, "coordinator", None)
+    assert isinstance(error, RequestTooLargeError), error
 
 
 async def test_without_workers_the_status_is_unavailable(front_end: FrontEnd) -> None:

@@ -1,4 +1,4 @@
-"""What one HTTP request may ask for, beyond what the model itself limits."""
+"""What one request may ask for, over HTTP or gRPC, beyond what the model itself limits."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 from vllm.config import ModelConfig
 
-from kvrelay.coordinator.prompt_limits import MAX_CONSTRAINT_BYTES
+from kvrelay.coordinator.prompt_limits import MAX_CONSTRAINT_BYTES, MAX_N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HttpLimits:
+class RequestLimits:
     max_body_bytes: int = 16 * 1024 * 1024
-    """Larger bodies are refused with 413 while they are read."""
+    """Larger bodies are refused with 413 while they are read, larger messages by gRPC."""
     body_timeout_s: float = 60.0
     """How long a client may take to send its body."""
     max_json_depth: int = 64
     """Nesting of objects and arrays."""
+    max_n: int = MAX_N
+    """Completions of one prompt."""
     max_completions: int = 1024
     """n times the number of prompts."""
     max_messages: int = 4096
@@ -40,15 +42,15 @@ class HttpLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBounds:
-    """The limits of one request: the gateway's and, at this moment, the model's."""
+    """The limits of one request: the coordinator's and, at this moment, the model's."""
 
-    limits: HttpLimits
+    limits: RequestLimits
     vocab_size: int
     max_model_len_tokens: int
     max_logprobs: int
 
 
-def bounds_now(limits: HttpLimits, model_config: ModelConfig) -> RequestBounds:
+def bounds_now(limits: RequestLimits, model_config: ModelConfig) -> RequestBounds:
     """The model's context length follows the smallest of the workers, so it is read for each request."""
     return RequestBounds(
         limits=limits,
