@@ -184,7 +184,7 @@ async def test_the_disk_ends_with_the_host(tmp_path: Path) -> None:
     config = StoreConfig(size_bytes=1 << 20, disk_bytes=1 << 20, disk_path=tmp_path)
     num_descriptors = len(os.listdir("/proc/self/fd"))
     async with open_host(FragileEngine(), config, Tracing()) as host:
-        assert host.status("w").store.disk_bytes == 1 << 20
+        assert worker_status(host, "w").store.disk_bytes == 1 << 20
         for i in range(80):
             submission = await submit(host, [], prompt=[i] * 50)
             await submission.closed.wait()
