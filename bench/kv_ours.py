@@ -69,7 +69,7 @@ class OurSender(Sender):
         self._loop.run(self._open())
 
     async def _open(self) -> None:
-        self._peers = Peers()
+        self._peers = Peers(_layout(LATENCY_BYTES))
 
     def prepare(self, job: Job) -> None:
         if job.block_bytes not in self._stores:

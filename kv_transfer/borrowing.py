@@ -45,10 +45,10 @@ class Borrower:
     async def borrowed(self, source: PrefixSource | None, hashes: Sequence[bytes]) -> AsyncIterator[int]:
         """Fetch the blocks that the source has beyond the store's own prefix; gives the number of those that came.
 
-        Within it they cannot be evicted. Whatever fails costs time, never the request.
+        Within it neither they nor that prefix can be evicted. Whatever fails costs time, never the request.
         """
-        num_present = len(self._store.match(hashes))
-        if source is None or not self.address or source.address == self.address or num_present == len(hashes):
+        present = self._store.match(hashes)
+        if source is None or not self.address or source.address == self.address or len(present) == len(hashes):
             yield 0
             return
         transfer_id = f"{source.request_id}.prefix"
@@ -59,9 +59,11 @@ class Borrower:
             block_hashes=b"".join(hashes),
             trace=source.trace,
         )
+        self._store.pin(present)
         try:
-            yield await self._fetch(source.address, request, num_present)
+            yield await self._fetch(source.address, request, len(present))
         finally:
+            self._store.unpin(present)
             self._receiver.let_go(transfer_id)
 
     async def _fetch(self, address: str, request: kv_transfer_pb2.FetchRequest, num_present: int) -> int:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, encode_frame
 from kvrelay.v1.kv_transfer_pb2 import LocalRun
+
+Encode = Callable[[int, Sequence[memoryview]], tuple[int, Sequence[memoryview | bytes]]]
+
+
+def as_it_is(_num_layers: int, views: Sequence[memoryview]) -> tuple[int, Sequence[memoryview | bytes]]:
+    """No encoding."""
+    return 0, views
 
 
 class FrameOrder:
@@ -17,13 +24,22 @@ class FrameOrder:
     Its slots are pinned as long as somebody may `encode` it: after `drop` has returned nobody reads them.
     """
 
-    def __init__(self, segment: Segment, layer_bytes: int, transfer_id: int, parts: Sequence[BlockPart]) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        layer_bytes: int,
+        transfer_id: int,
+        parts: Sequence[BlockPart],
+        encode: Encode = as_it_is,
+    ) -> None:
+        """`encode`: the layers of some blocks -> value of an `Encoding`, and the payload in pieces."""
         self.parts = parts
         self.was_sent = False
         self.was_resent = False
         self._segment = segment
         self._layer_bytes = layer_bytes
         self._transfer_id = transfer_id
+        self._encode = encode
         self._lock = threading.Lock()
         self._dropped = False
 
@@ -46,10 +62,11 @@ class FrameOrder:
             offset, size = first.first_layer * self._layer_bytes, first.num_layers * self._layer_bytes
             views = [self._segment.slot_view(part.slot, offset, size) for part in self.parts]
             try:
+                encoding, pieces = self._encode(first.num_layers, views)
                 header = FrameHeader(
-                    self._transfer_id, first.block, len(views), first.first_layer, first.num_layers, ack_now
+                    self._transfer_id, first.block, len(views), first.first_layer, first.num_layers, ack_now, encoding
                 )
-                return encode_frame(header, views)
+                return encode_frame(header, pieces)
             finally:
                 for view in views:  # A traceback would keep them, and the segment could not be closed.
                     view.release()

@@ -10,9 +10,11 @@ from functools import partial
 import grpc
 
 from kvrelay import grpc_options
+from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.link_coder import LinkCoder
 from kvrelay.kv_transfer.push_stream import AckHandler, Outgoing, PushStreams
 from kvrelay.kv_transfer.wire import SERVICE
-from kvrelay.v1 import kv_transfer_pb2
+from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 
 DEFAULT_STREAMS = 2
 """To each peer. More were not faster on two cores; one leaves a core idle while it waits."""
@@ -36,8 +38,16 @@ class LayoutRefusedError(RuntimeError):
 class Peer:
     """The sender's end of everything between two workers. Many transfers share it. Made in a running event loop."""
 
-    def __init__(self, address: str, *, num_streams: int = DEFAULT_STREAMS) -> None:
+    def __init__(
+        self,
+        address: str,
+        layout: cluster_pb2.KvLayout,
+        compression: Compression = Compression.NONE,
+        *,
+        num_streams: int = DEFAULT_STREAMS,
+    ) -> None:
         self.address = address
+        self.coder = LinkCoder(compression, layout, num_streams)
         self._num_streams = num_streams
         self._channel = grpc_options.open_channel(address, own_connection=True)
         self._offer = self._channel.unary_unary(
@@ -103,7 +113,7 @@ class Peer:
         """Have it sent the way that the answer to the offer says."""
         way = _way(want)
         if way not in self._streams:
-            self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way))
+            self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way), self.coder.sent)
         self._streams[way].put(order)
 
     def _on_ack(self, way: _Way, ack: kv_transfer_pb2.FrameAck | None) -> None:
@@ -129,7 +139,16 @@ def _way(want: kv_transfer_pb2.Want) -> _Way:
 class Peers:
     """The peers of one worker, made on demand."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        layout: cluster_pb2.KvLayout,
+        compression: Compression = Compression.NONE,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`layout`: of the blocks that are sent."""
+        self._layout = layout
+        self._compression = compression
         self._clock = clock
         self._peers: dict[str, Peer] = {}
         self._used_s: dict[str, float] = {}
@@ -138,7 +157,7 @@ class Peers:
         """The peer at `host:port`."""
         self._used_s[address] = self._clock()
         if address not in self._peers:
-            self._peers[address] = Peer(address)
+            self._peers[address] = Peer(address, self._layout, self._compression)
         return self._peers[address]
 
     @property

@@ -47,8 +47,19 @@ class PushStreams:
     What is queued here are orders, not bytes: each stream holds one frame and what gRPC's flow control lets it write.
     """
 
-    def __init__(self, address: str, method: str, num_streams: int, on_ack: AckHandler) -> None:
-        """`method`: "Push" or "Copy"; the orders fit it. `on_ack` is called in the event loop that runs now."""
+    def __init__(
+        self,
+        address: str,
+        method: str,
+        num_streams: int,
+        on_ack: AckHandler,
+        on_sent: Callable[[int, float], None] = lambda _num_bytes, _seconds: None,
+    ) -> None:
+        """`method`: "Push" or "Copy"; the orders fit it. `on_ack` is called in the event loop that runs now.
+
+        `on_sent` is told by the sending threads of each message: its bytes, and how many seconds it kept gRPC busy.
+        """
+        self._on_sent = on_sent
         self.address = address
         self._method = method
         self._on_ack = on_ack
@@ -89,7 +100,7 @@ class PushStreams:
                 response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
             )
             while (order := self._orders.get()) is not None and not self._closing:
-                stream = _Stream(self._orders, order, must_ask=self._method == "Push")
+                stream = _Stream(self._orders, order, self._on_sent, must_ask=self._method == "Push")
                 call = push(stream.frames())
                 self._calls.add(call)
                 broken = self._read(call)
@@ -115,10 +126,18 @@ class PushStreams:
 class _Stream:
     """The frames of one call, for gRPC's thread that consumes them."""
 
-    def __init__(self, orders: queue.SimpleQueue[Outgoing | None], first: Outgoing, *, must_ask: bool) -> None:
+    def __init__(
+        self,
+        orders: queue.SimpleQueue[Outgoing | None],
+        first: Outgoing,
+        on_sent: Callable[[int, float], None],
+        *,
+        must_ask: bool,
+    ) -> None:
         """`must_ask`: whether acks come only when a frame asks."""
         self._orders = orders
         self._first = first
+        self._on_sent = on_sent
         self._must_ask = must_ask
         self._unasked_bytes = 0
         self._asked_s = time.monotonic()
@@ -130,7 +149,9 @@ class _Stream:
         while order is not None:
             frame = order.encode(ack_now=self._asks(order))
             if frame is not None:
+                began = time.monotonic()
                 yield frame
+                self._on_sent(len(frame), time.monotonic() - began)
             if self._must_ask and self._orders.empty() and (self._unasked_bytes or frame is None):
                 self._unasked_bytes = 0
                 yield _ASK

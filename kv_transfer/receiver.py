@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.encoding import Encoding
+from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
 from kvrelay.kv_transfer.neighbours import Neighbours
 from kvrelay.kv_transfer.offers import check_layout, split_hashes
+from kvrelay.kv_transfer.part_shape import EncodingError
 from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.kv_transfer.wire import FrameHeader, checksum
-from kvrelay.v1 import cluster_pb2
+from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
 _MAX_REMEMBERED = 1 << 14
@@ -68,10 +71,11 @@ class Receiver:
         layout: cluster_pb2.KvLayout,
         *,
         hold_s: float = 60.0,
+        encodings: Sequence[Encoding] = (),
         clock: Callable[[], float] = time.monotonic,
         post: Post = _at_once,
     ) -> None:
-        """`post`: how threads reach the event loop; at once where all is one thread."""
+        """`encodings`: what frames may be coded as. `post`: how threads reach the event loop; at once in one thread."""
         self._store = store
         self._segment = segment
         self._layout = layout
@@ -83,10 +87,16 @@ class Receiver:
         self._by_request: dict[str, Transfer] = {}
         self._waiters: dict[str, list[asyncio.Event]] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
+        self._decoder = FrameDecoder(layout, encodings)
         self.neighbours = Neighbours(clock=clock)
         self._arrived: deque[tuple[FrameHeader, Sequence[int], int]] = deque()
         """What threads have placed and the event loop has not followed."""
         self._all_layers = (1 << layout.num_layers) - 1
+
+    @property
+    def encodings(self) -> Sequence[kv_transfer_pb2.Encoding.ValueType]:
+        """Values of the encodings that frames may have."""
+        return self._decoder.encodings
 
     def meet(self, local: LocalSegment) -> bool:
         """Whether this sender's blocks can be copied from its memory."""
@@ -127,11 +137,17 @@ class Receiver:
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
             return FrameAck.STATUS_STALE
-        if not self._fits(header, transfer) or len(payload) != self._num_bytes(header):
+        if not self._fits(header, transfer):
             return FrameAck.STATUS_REFUSED
         if checksum(header, [payload]) != header.checksum:
             return FrameAck.STATUS_CORRUPT
-        return self._land(transfer, header, [payload])
+        try:
+            blocks = self._decoder.decode(header, payload)
+        except EncodingError:
+            return FrameAck.STATUS_REFUSED
+        if len(blocks) != self._num_bytes(header):
+            return FrameAck.STATUS_REFUSED
+        return self._land(transfer, header, [blocks])
 
     def copy(self, run: LocalRun) -> FrameAck.Status.ValueType:
         """Like `place`, for a run in the segment of a sender on this machine. Any thread."""

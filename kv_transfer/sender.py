@@ -153,8 +153,9 @@ class Push:
 
     def _send(self, want: kv_transfer_pb2.Want, parts: Sequence[BlockPart]) -> None:
         make, joined_bytes = (LocalOrder, _LOCAL_RUN_BYTES) if want.local else (FrameOrder, FRAME_BYTES)
+        encode = partial(self._peer.coder.encode, frozenset(want.encodings))
         for run in cut(parts, self._layer_bytes, joined_bytes=joined_bytes):
-            order = make(self._segment, self._layer_bytes, want.transfer_id, run)
+            order = make(self._segment, self._layer_bytes, want.transfer_id, run, encode)
             self._store.pin(part.slot for part in run)
             self._orders[order.key] = order
             self._put(want, order)

@@ -43,7 +43,11 @@ class KvTransferService:
         except OfferError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return kv_transfer_pb2.Want(
-            transfer_id=transfer_id, blocks=blocks, push_address=self._push_address, local=local
+            transfer_id=transfer_id,
+            blocks=blocks,
+            push_address=self._push_address,
+            local=local,
+            encodings=receiver.encodings,
         )
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:

@@ -20,7 +20,9 @@ MAX_PAYLOAD_BYTES = 4 << 20
 """Largest payload that a sender puts into one frame, unless one layer of one block is larger."""
 
 _FIXED64, _VARINT, _LEN, _FIXED32 = 1, 0, 2, 5
-_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD, _ACK_NOW = range(1, 9)
+_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD, _ACK_NOW, _ENCODING = range(
+    1, 10
+)
 _WIRE_TYPES = {
     _TRANSFER_ID: _FIXED64,
     _FIRST_BLOCK: _VARINT,
@@ -28,11 +30,13 @@ _WIRE_TYPES = {
     _FIRST_LAYER: _VARINT,
     _NUM_LAYERS: _VARINT,
     _ACK_NOW: _VARINT,
+    _ENCODING: _VARINT,
     _CHECKSUM: _FIXED64,
 }
 """Of the header's fields, in the order of `FrameHeader`."""
 _MAX_UINT32 = (1 << 32) - 1
-_CHECKED = struct.Struct("<6Q")
+_MAX_ENUM = (1 << 31) - 1
+_CHECKED = struct.Struct("<7Q")
 """What the checksum covers beside the payload."""
 
 
@@ -50,6 +54,8 @@ class FrameHeader:
     first_layer: int
     num_layers: int
     ack_now: int = 0
+    encoding: int = 0
+    """Value of `Encoding`."""
     checksum: int = 0
     """As it was received; what is sent is computed."""
 
@@ -67,6 +73,7 @@ def checksum(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> int:
             header.first_layer,
             header.num_layers,
             header.ack_now,
+            header.encoding,
         )
     except struct.error as error:
         raise ValueError(f"a frame cannot have {header}: {error}") from error
@@ -93,6 +100,7 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
         (_FIRST_LAYER, header.first_layer),
         (_NUM_LAYERS, header.num_layers),
         (_ACK_NOW, header.ack_now),
+        (_ENCODING, header.encoding),
     ):
         if value > _MAX_UINT32:
             raise ValueError(f"field {field} of a frame is {value}, not a uint32")
@@ -124,7 +132,7 @@ def decode_frame(data: bytes) -> tuple[FrameHeader, memoryview]:
         if field == _PAYLOAD and wire_type == _LEN:
             payload = view[start:position]
         elif _WIRE_TYPES.get(field) == wire_type:
-            if wire_type == _VARINT and value > _MAX_UINT32:
+            if wire_type == _VARINT and value > (_MAX_ENUM if field == _ENCODING else _MAX_UINT32):
                 raise FrameError(f"field {field} of a frame is {value}, beyond 32 bits")
             values[field] = value
     return FrameHeader(*values.values()), payload

@@ -15,6 +15,7 @@ import pytest
 import xxhash
 
 from kvrelay.kv_transfer import sender
+from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.peer import LayoutRefusedError, Peer, Peers
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.sender import Push, PushResult
@@ -65,8 +66,9 @@ class Pair:
 @contextlib.asynccontextmanager
 async def open_pair(push_server: type[PushServer] = PushServer, **receiver_values: Any) -> AsyncIterator[Pair]:
     """Both sides are idle at the end, or it fails."""
+    compression = receiver_values.get("compression", Compression.NONE)
     with side() as source, side(**receiver_values) as receiver:
-        async with kv_server(receiver.receiver, push_server) as server, open_peers() as peers:
+        async with kv_server(receiver.receiver, push_server) as server, open_peers(compression) as peers:
             yield Pair(source, receiver, server, peers)
 
 
@@ -120,6 +122,37 @@ async def test_blocks_leave_while_others_are_still_computed() -> None:
         assert not running.done()
         push.finish()
         assert (await running).num_blocks == 4
+        pair.receiver.receiver.let_go("r")
+
+
+async def test_compressed_blocks_arrive_whole() -> None:
+    class Counting(PushServer):
+        num_bytes = 0
+
+        def push(self, frames: Iterator[bytes], context: Any) -> Iterator[kv_transfer_pb2.FrameAcks]:
+            def counted() -> Iterator[bytes]:
+                for frame in frames:
+                    type(self).num_bytes += len(frame)
+                    yield frame
+
+            yield from super().push(counted(), context)
+
+    async with open_pair(Counting, compression=Compression.LOSSLESS) as pair:
+        result = await pair.push("r", MANY).run()
+        assert (result.num_stored_bytes, result.error) == (40 * SLOT_BYTES, "")
+        assert all(pair.receiver.holds(number) for number in MANY)
+        assert Counting.num_bytes < 0.9 * 40 * SLOT_BYTES
+        pair.receiver.receiver.let_go("r")
+
+
+async def test_lossy_frames_that_the_receiver_did_not_agree_to_do_not_come() -> None:
+    async with open_pair() as pair, open_peers(Compression.FP8) as peers:
+        push = push_of(pair.sender, peers.get(pair.server.address), "r", [1])
+        [slot] = pair.sender.put([1])
+        push.add(whole(0, slot))
+        push.finish()
+        assert (await push.run()).error == ""
+        assert pair.receiver.holds(1)
         pair.receiver.receiver.let_go("r")
 
 
@@ -354,7 +387,7 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
                 kv_transfer_pb2.OfferRequest(request_id="r", layout=receiver.layout, block_hashes=block_name(1))
             )
             # As kv_transfer.proto says, without our own code.
-            fields = (want.transfer_id, 0, 1, 0, LAYERS, 1)
+            fields = (want.transfer_id, 0, 1, 0, LAYERS, 1, 0)
             seed = xxhash.xxh3_64_intdigest(b"".join(value.to_bytes(8, "little") for value in fields))
             frame = kv_transfer_pb2.Frame(
                 transfer_id=want.transfer_id,

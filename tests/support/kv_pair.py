@@ -12,6 +12,8 @@ from kvrelay.block_hash import layout_fingerprint
 from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peer, Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.push_server import PushServer
@@ -28,7 +30,7 @@ NUM_SLOTS = 64
 
 def make_layout(model: str = "model") -> cluster_pb2.KvLayout:
     layout = cluster_pb2.KvLayout(
-        model=model, dtype="bfloat16", num_layers=LAYERS, num_kv_heads=2, head_elements=8, block_size_tokens=16
+        model=model, dtype="bfloat16", num_layers=LAYERS, num_kv_heads=2, head_elements=1024, block_size_tokens=16
     )
     layout.fingerprint = layout_fingerprint(layout)
     return layout
@@ -46,12 +48,23 @@ def block_bytes(number: int) -> bytes:
 class Side:
     """A store, its segment and its receiver."""
 
-    def __init__(self, num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None) -> None:
+    def __init__(
+        self,
+        num_slots: int = NUM_SLOTS,
+        layout: cluster_pb2.KvLayout | None = None,
+        compression: Compression = Compression.NONE,
+    ) -> None:
         self.layout = layout or make_layout()
         self.segment = Segment.create(size_for(num_slots, SLOT_BYTES))
         self.segment.configure(SLOT_BYTES)
         self.store = BlockStore(num_slots, on_taken=self.segment.begin_generation)
-        self.receiver = Receiver(self.store, self.segment, self.layout, post=post_to_running_loop(raise_in_loop))
+        self.receiver = Receiver(
+            self.store,
+            self.segment,
+            self.layout,
+            post=post_to_running_loop(raise_in_loop),
+            encodings=accepted(compression, self.layout),
+        )
 
     def put(self, numbers: Sequence[int]) -> list[int]:
         """Store blocks; their slots are pinned once."""
@@ -77,9 +90,13 @@ class Side:
 
 
 @contextlib.contextmanager
-def side(num_slots: int = NUM_SLOTS, layout: cluster_pb2.KvLayout | None = None) -> Iterator[Side]:
+def side(
+    num_slots: int = NUM_SLOTS,
+    layout: cluster_pb2.KvLayout | None = None,
+    compression: Compression = Compression.NONE,
+) -> Iterator[Side]:
     """A side that must be idle at the end."""
-    made = Side(num_slots, layout)
+    made = Side(num_slots, layout, compression)
     try:
         yield made
         made.assert_idle()
@@ -147,8 +164,8 @@ async def kv_server(receiver: Receiver, push_server: type[PushServer] = PushServ
 
 
 @contextlib.asynccontextmanager
-async def open_peers() -> AsyncIterator[Peers]:
-    peers = Peers()
+async def open_peers(compression: Compression = Compression.NONE) -> AsyncIterator[Peers]:
+    peers = Peers(make_layout(), compression)
     try:
         yield peers
     finally:

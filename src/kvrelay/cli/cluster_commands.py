@@ -231,6 +231,7 @@ def _up_config(
         decode_options=children.decode_args or (),
         kv_host_bytes=engine.kv_host_bytes,
         kv_disk_bytes=engine.kv_disk_bytes,
+        kv_compression=engine.kv_compression,
         kv_disk_path=engine.kv_disk_path.absolute(),
         kv_cache_gib=children.kv_cache_gib,
         http=str(api.http),

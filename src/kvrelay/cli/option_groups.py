@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from kvrelay.cli import options as opt
+from kvrelay.kv_transfer.compression import Compression
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class EngineOptions:
     kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES
     kv_disk_bytes: opt.KvDiskBytesOption = 0
     kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH
+    kv_compression: opt.KvCompressionOption = Compression.NONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

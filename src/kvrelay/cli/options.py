@@ -18,6 +18,7 @@ from kvrelay.cli.parsing import (
     parse_engine_args,
     parse_size,
 )
+from kvrelay.kv_transfer.compression import Compression
 
 
 class EngineKind(StrEnum):
@@ -110,6 +111,15 @@ KvHostBytesOption = Annotated[
         show_default="2GiB",
         rich_help_panel=MODEL,
         help="Host memory for KV blocks, of each worker.",
+    ),
+]
+KvCompressionOption = Annotated[
+    Compression,
+    typer.Option(
+        "--kv-compression",
+        rich_help_panel=MODEL,
+        help="KV blocks on the network: none, lossless, auto (lossless where the link is slower than that), or fp8,"
+        " which changes what the model computes and must be given to all workers.",
     ),
 ]
 KvDiskBytesOption = Annotated[

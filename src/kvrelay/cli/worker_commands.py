@@ -137,7 +137,10 @@ def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel
             options=flags.engine_options,
         ),
         store=StoreConfig(
-            size_bytes=engine.kv_host_bytes, disk_bytes=engine.kv_disk_bytes, disk_path=engine.kv_disk_path
+            size_bytes=engine.kv_host_bytes,
+            disk_bytes=engine.kv_disk_bytes,
+            disk_path=engine.kv_disk_path,
+            compression=engine.kv_compression,
         ),
         otlp_endpoint=flags.observe.otlp,
         log_format=flags.observe.log_format.value,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvrelay import default_addresses
+from kvrelay.kv_transfer.compression import Compression
 from kvrelay.launch.devices import Devices, Share, shares
 from kvrelay.launch.places import Places
 from kvrelay.launch.supervisor import ChildSpec
@@ -52,6 +53,7 @@ class UpConfig:
     kv_disk_bytes: int = 0
     kv_disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file there has no name
     """Room on disk for blocks that leave that memory, of each worker; 0 for none."""
+    kv_compression: Compression = Compression.NONE
     kv_cache_gib: int = 1
     """Memory of each CPU engine's own KV cache."""
     http: str = default_addresses.HTTP
@@ -131,6 +133,8 @@ def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> C
     arguments = [f"{_role_of(name)}-worker", *_shared_options(config, places)]
     arguments += ["--worker-id", name, "--listen", "127.0.0.1:0"]
     arguments += ["--engine", config.engine, "--kv-host-bytes", str(config.kv_host_bytes)]
+    if config.kv_compression is not Compression.NONE:
+        arguments += ["--kv-compression", config.kv_compression.value]
     if config.kv_disk_bytes:
         arguments += ["--kv-disk-bytes", str(config.kv_disk_bytes), "--kv-disk-path", str(config.kv_disk_path)]
     if options := [*share.options, *_engine_options(name, config)]:

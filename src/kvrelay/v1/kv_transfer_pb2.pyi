@@ -21,6 +21,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Encoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
+    """As it is."""
+    ENCODING_LOSSLESS: _Encoding.ValueType  # 1
+    """Byte planes with zstd."""
+    ENCODING_FP8: _Encoding.ValueType  # 2
+    """e4m3 with a scale for each head: other numbers come out."""
+
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
+    """How a frame's payload is coded. Values are the first byte of a payload that is coded so; see kv_transfer/encoding.py."""
+
+ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
+"""As it is."""
+ENCODING_LOSSLESS: Encoding.ValueType  # 1
+"""Byte planes with zstd."""
+ENCODING_FP8: Encoding.ValueType  # 2
+"""e4m3 with a scale for each head: other numbers come out."""
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
 @_typing.final
 class FetchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -148,6 +172,7 @@ class Want(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """Names the reservation; never used twice by one receiver."""
     push_address: _builtins.str
@@ -158,6 +183,10 @@ class Want(_message.Message):
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into the offer's hashes, ascending."""
 
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedScalarFieldContainer[Global___Encoding.ValueType]:
+        """What frames may be coded as; the sender chooses, frame by frame."""
+
     def __init__(
         self,
         *,
@@ -165,10 +194,11 @@ class Want(_message.Message):
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         push_address: _builtins.str = ...,
         local: _builtins.bool = ...,
+        encodings: _abc.Iterable[Global___Encoding.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "encodings", b"encodings", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,6 +218,7 @@ class Frame(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     ACK_NOW_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     """Index into the offer's hashes of the first block."""
@@ -204,6 +235,8 @@ class Frame(_message.Message):
     """Acknowledge this frame and all before it on this stream now. The receiver may do so earlier, and does when a frame
     did not land; every ack costs both sides as much as some hundred KiB of payload.
     """
+    encoding: Global___Encoding.ValueType
+    """One of those that Want lists. The payload begins with a byte that says whether it is so, or as it is (0)."""
     def __init__(
         self,
         *,
@@ -215,10 +248,11 @@ class Frame(_message.Message):
         checksum: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         ack_now: _builtins.bool = ...,
+        encoding: Global___Encoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_now", b"ack_now", "checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_now", b"ack_now", "checksum", b"checksum", "encoding", b"encoding", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,9 +16,11 @@ from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, K
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.borrowing import Borrower, PrefixSource
+from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.disk_file import DiskFile
 from kvrelay.kv_transfer.disk_tier import DiskTier
 from kvrelay.kv_transfer.lending import Lender
+from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
@@ -44,6 +46,8 @@ class StoreConfig:
     """Slots lent to the engine for blocks of generated tokens; an eighth of the store at most."""
     share_memory: bool = True
     """Whether workers on the same machine may map the store and copy from it."""
+    compression: Compression = Compression.NONE
+    """Of frames that leave; fp8 also says that they may come so."""
     transfer_hold_s: float = 60.0
     """How long received blocks are held for a request that does not come."""
     disk_bytes: int = 0
@@ -69,7 +73,7 @@ class WorkerHost:
         """`on_broken` is told when the accounts of slots do not fit what happens to them: this must not go on."""
         self.info = info
         self.segment = segment
-        self.peers = Peers()
+        self.peers = Peers(info.layout, config.compression)
         self.tracing = tracing
         self.store = BlockStore(segment.num_slots, on_taken=segment.begin_generation)
         self.receiver = Receiver(
@@ -77,6 +81,7 @@ class WorkerHost:
             segment,
             info.layout,
             hold_s=config.transfer_hold_s,
+            encodings=accepted(config.compression, info.layout),
             post=post_to_running_loop(on_broken),
         )
         self.local_segment: kv_transfer_pb2.LocalSegment | None = None
