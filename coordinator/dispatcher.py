@@ -120,6 +120,9 @@ class Dispatcher:
                 _log.warning("prefill failed", request_id=failed.request_id, worker_id=worker_id, reason=failed.message)
                 self._prefill_lost(flow)
                 return
+        elif self._is_pushing_from(flow, worker_id):
+            self._push_lost(flow)
+            return
         elif flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE:
             return
         kind = _FAILURES.get(failed.reason, GenerationFailedError)
@@ -132,6 +135,8 @@ class Dispatcher:
                 self._fail(flow, WorkerLostError(f"decode worker {worker_id} was lost: {reason}; try again"))
             elif self._is_prefilling_on(flow, worker_id):
                 self._prefill_lost(flow)
+            elif self._is_pushing_from(flow, worker_id):
+                self._push_lost(flow)
 
     def _start(self, flow: RequestFlow) -> None:
         prefill = flow.start()
@@ -181,6 +186,11 @@ class Dispatcher:
         flow.on_prefill_lost()
         self._settle(flow)
 
+    def _push_lost(self, flow: RequestFlow) -> None:
+        """The decode worker computes what has not arrived, at once."""
+        self._release_prefill(flow)
+        self._pool.send_kv_lost(flow.plan.decode.worker_id, flow.request.request_id)
+
     def _stop(self, flow: RequestFlow, completion_id: str) -> None:
         """End one completion early, on the workers too."""
         if completion_id not in flow.open_ids:
@@ -222,6 +232,14 @@ class Dispatcher:
     def _is_prefilling_on(flow: RequestFlow, worker_id: str) -> bool:
         prefill = flow.plan.prefill
         return flow.phase is Phase.PREFILL and prefill is not None and prefill.worker_id == worker_id
+
+    @staticmethod
+    def _is_pushing_from(flow: RequestFlow, worker_id: str) -> bool:
+        """Whether the worker may still push blocks that a decode waits for."""
+        prefill = flow.plan.prefill
+        if prefill is None or prefill.worker_id != worker_id:
+            return False
+        return flow.phase is Phase.DECODE and flow.prefill_may_run
 
 
 def _ids(flow: RequestFlow) -> set[str]:

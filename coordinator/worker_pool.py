@@ -190,6 +190,12 @@ class WorkerPool:
             cancel = worker_pb2.Cancel(request_id=request_id)
             member.link.send(worker_pb2.CoordinatorMessage(cancel=cancel))
 
+    def send_kv_lost(self, worker_id: str, request_id: str) -> None:
+        """Never fails, like `send_cancel`."""
+        if member := self._members.get(worker_id):
+            lost = worker_pb2.KvLost(request_id=request_id)
+            member.link.send(worker_pb2.CoordinatorMessage(kv_lost=lost))
+
     def on_connected(self, link: WorkerLink) -> None:
         _log.info("worker connected", worker_id=link.worker.worker_id)
         self._notify_changed()

@@ -58,3 +58,7 @@ class DecodeRole:
     def forget(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
         self._host.receiver.let_go(request_id)
+
+    def end_wait(self, request_id: str) -> None:
+        """See `kvrelay.worker.role.DecodeRunner`."""
+        self._host.receiver.end(request_id)

@@ -251,6 +251,14 @@ class Receiver:
         self._settle(transfer)
         return num_missing
 
+    def end(self, request_id: str) -> None:
+        """No more is coming for this request, whether anything has come or not: who waits need not."""
+        transfer = self._by_request.get(request_id)
+        if transfer is not None:
+            self.commit(transfer.transfer_id)
+        for waiter in self._waiters.get(request_id, ()):
+            waiter.set()
+
     async def wait_settled(self, request_id: str, timeout_s: float) -> Transfer | None:
         """Until the request's transfer is complete or committed, or for `timeout_s`; its state by then.
 

@@ -88,6 +88,21 @@ async def test_a_prompt_takes_no_room_of_the_decode_worker_before_it_is_computed
         await over(pair.decode("r", [*PROMPT, *first.token_ids], 3))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_who_waits_for_blocks_that_will_not_come_is_told(begun: bool) -> None:
+    async with open_pair() as pair:
+        pair.d.kv.frames.shut()
+        if begun:
+            await over(pair.prefill("r", PROMPT))
+            await eventually(lambda: pair.d.kv.frames.num_arrived)
+        answer = pair.decode("r", PROMPT, 3, kv_wait_ms=60_000)
+        await eventually(lambda: "decode-r" in {task.get_name() for task in asyncio.all_tasks()})
+        pair.to_d.kv_lost("r")
+        await over(answer)
+        assert answer.token_ids == expected(PROMPT, 3)
+        assert answer.counters["decode.tokens_stored"] == 0
+
+
 async def test_the_share_hidden_behind_compute_is_told() -> None:
     prompt = prompt_of(3 * CONFIG.max_batched_tokens)
     async with open_pair() as pair:

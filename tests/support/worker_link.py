@@ -93,6 +93,10 @@ class Link:
         """Send it; nothing answers."""
         self._outbox.put_nowait(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id=request_id)))
 
+    def kv_lost(self, request_id: str) -> None:
+        """Send it; nothing answers."""
+        self._outbox.put_nowait(worker_pb2.CoordinatorMessage(kv_lost=worker_pb2.KvLost(request_id=request_id)))
+
     def hang_up(self) -> None:
         """Break the stream, as a coordinator does that dies."""
         self._call.cancel()

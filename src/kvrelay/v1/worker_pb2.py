@@ -26,7 +26,7 @@ from kvrelay.v1 import cluster_pb2 as kvrelay_dot_v1_dot_cluster__pb2
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\xc2\x01\n\x12\x43oordinatorMessage\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvrelay.v1.CoordinatorHelloH\x00\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.PrefillH\x00\x12$\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.DecodeH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.kvrelay.v1.CancelH\x00\x42\t\n\x07message\"\xc6\x01\n\rWorkerMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.StepOutputsH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.RequestFailedH\x00\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatusH\x00\x42\t\n\x07message\"*\n\x10\x43oordinatorHello\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\"5\n\x0bWorkerHello\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\"\xfe\x01\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x07 \x01(\t\x12\'\n\x05trace\x18\x08 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x16\n\x0eprefix_address\x18\t \x01(\t\"\xfb\x01\n\x06\x44\x65\x63ode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\nkv_wait_ms\x18\x06 \x01(\r\x12\'\n\x05trace\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x1a\n\x12prefill_request_id\x18\x08 \x01(\t\x12\x16\n\x0eprefix_address\x18\t \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"5\n\x0bStepOutputs\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.TokenDelta\"\xda\x02\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08logprobs\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12-\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12&\n\x08timeline\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x11\n\tkv_failed\x18\t \x01(\x08\x42\x10\n\x0e_stop_token_idB\x14\n\x12_num_cached_tokens\"\xc9\x01\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .kvrelay.v1.RequestFailed.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"a\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_INVALID\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x12\x13\n\x0fREASON_INTERNAL\x10\x03\"\x12\n\x10GetStatusRequest\"\xf0\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14num_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x03 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x65ngine_kv_usage\x18\x05 \x01(\x02\x12+\n\x05store\x18\x06 \x01(\x0b\x32\x1c.kvrelay.v1.BlockStoreStatus\x12\x1e\n\x16num_incoming_transfers\x18\x07 \x01(\r\x12\x1e\n\x16num_outgoing_transfers\x18\x08 \x01(\r\x12\x38\n\x08\x63ounters\x18\t \x03(\x0b\x32&.kvrelay.v1.WorkerStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xce\x01\n\x10\x42lockStoreStatus\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x14\n\x0cnum_reserved\x18\x03 \x01(\r\x12\x12\n\nnum_pinned\x18\x04 \x01(\r\x12\x15\n\rnum_evictable\x18\x05 \x01(\r\x12\x13\n\x0bnum_granted\x18\x06 \x01(\r\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fnum_disk_blocks\x18\t \x01(\r2\x97\x01\n\x06Worker\x12H\n\x07Session\x12\x1e.kvrelay.v1.CoordinatorMessage\x1a\x19.kvrelay.v1.WorkerMessage(\x01\x30\x01\x12\x43\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x18.kvrelay.v1.WorkerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\xe9\x01\n\x12\x43oordinatorMessage\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvrelay.v1.CoordinatorHelloH\x00\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.PrefillH\x00\x12$\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.DecodeH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.kvrelay.v1.CancelH\x00\x12%\n\x07kv_lost\x18\x05 \x01(\x0b\x32\x12.kvrelay.v1.KvLostH\x00\x42\t\n\x07message\"\xc6\x01\n\rWorkerMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.StepOutputsH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.RequestFailedH\x00\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatusH\x00\x42\t\n\x07message\"*\n\x10\x43oordinatorHello\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\"5\n\x0bWorkerHello\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\"\xfe\x01\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x07 \x01(\t\x12\'\n\x05trace\x18\x08 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x16\n\x0eprefix_address\x18\t \x01(\t\"\xfb\x01\n\x06\x44\x65\x63ode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\nkv_wait_ms\x18\x06 \x01(\r\x12\'\n\x05trace\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x1a\n\x12prefill_request_id\x18\x08 \x01(\t\x12\x16\n\x0eprefix_address\x18\t \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x06KvLost\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"5\n\x0bStepOutputs\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.TokenDelta\"\xda\x02\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08logprobs\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12-\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12&\n\x08timeline\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x11\n\tkv_failed\x18\t \x01(\x08\x42\x10\n\x0e_stop_token_idB\x14\n\x12_num_cached_tokens\"\xc9\x01\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .kvrelay.v1.RequestFailed.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"a\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_INVALID\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x12\x13\n\x0fREASON_INTERNAL\x10\x03\"\x12\n\x10GetStatusRequest\"\xf0\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14num_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x03 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x65ngine_kv_usage\x18\x05 \x01(\x02\x12+\n\x05store\x18\x06 \x01(\x0b\x32\x1c.kvrelay.v1.BlockStoreStatus\x12\x1e\n\x16num_incoming_transfers\x18\x07 \x01(\r\x12\x1e\n\x16num_outgoing_transfers\x18\x08 \x01(\r\x12\x38\n\x08\x63ounters\x18\t \x03(\x0b\x32&.kvrelay.v1.WorkerStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xce\x01\n\x10\x42lockStoreStatus\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x14\n\x0cnum_reserved\x18\x03 \x01(\r\x12\x12\n\nnum_pinned\x18\x04 \x01(\r\x12\x15\n\rnum_evictable\x18\x05 \x01(\r\x12\x13\n\x0bnum_granted\x18\x06 \x01(\r\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fnum_disk_blocks\x18\t \x01(\r2\x97\x01\n\x06Worker\x12H\n\x07Session\x12\x1e.kvrelay.v1.CoordinatorMessage\x1a\x19.kvrelay.v1.WorkerMessage(\x01\x30\x01\x12\x43\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x18.kvrelay.v1.WorkerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_COORDINATORMESSAGE']._serialized_start=91
-  _globals['_COORDINATORMESSAGE']._serialized_end=285
-  _globals['_WORKERMESSAGE']._serialized_start=288
-  _globals['_WORKERMESSAGE']._serialized_end=486
-  _globals['_COORDINATORHELLO']._serialized_start=488
-  _globals['_COORDINATORHELLO']._serialized_end=530
-  _globals['_WORKERHELLO']._serialized_start=532
-  _globals['_WORKERHELLO']._serialized_end=585
-  _globals['_PREFILL']._serialized_start=588
-  _globals['_PREFILL']._serialized_end=842
-  _globals['_DECODE']._serialized_start=845
-  _globals['_DECODE']._serialized_end=1096
-  _globals['_CANCEL']._serialized_start=1098
-  _globals['_CANCEL']._serialized_end=1126
-  _globals['_STEPOUTPUTS']._serialized_start=1128
-  _globals['_STEPOUTPUTS']._serialized_end=1181
-  _globals['_TOKENDELTA']._serialized_start=1184
-  _globals['_TOKENDELTA']._serialized_end=1530
-  _globals['_REQUESTFAILED']._serialized_start=1533
-  _globals['_REQUESTFAILED']._serialized_end=1734
-  _globals['_REQUESTFAILED_REASON']._serialized_start=1637
-  _globals['_REQUESTFAILED_REASON']._serialized_end=1734
-  _globals['_GETSTATUSREQUEST']._serialized_start=1736
-  _globals['_GETSTATUSREQUEST']._serialized_end=1754
-  _globals['_WORKERSTATUS']._serialized_start=1757
-  _globals['_WORKERSTATUS']._serialized_end=2125
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=2078
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=2125
-  _globals['_BLOCKSTORESTATUS']._serialized_start=2128
-  _globals['_BLOCKSTORESTATUS']._serialized_end=2334
-  _globals['_WORKER']._serialized_start=2337
-  _globals['_WORKER']._serialized_end=2488
+  _globals['_COORDINATORMESSAGE']._serialized_end=324
+  _globals['_WORKERMESSAGE']._serialized_start=327
+  _globals['_WORKERMESSAGE']._serialized_end=525
+  _globals['_COORDINATORHELLO']._serialized_start=527
+  _globals['_COORDINATORHELLO']._serialized_end=569
+  _globals['_WORKERHELLO']._serialized_start=571
+  _globals['_WORKERHELLO']._serialized_end=624
+  _globals['_PREFILL']._serialized_start=627
+  _globals['_PREFILL']._serialized_end=881
+  _globals['_DECODE']._serialized_start=884
+  _globals['_DECODE']._serialized_end=1135
+  _globals['_CANCEL']._serialized_start=1137
+  _globals['_CANCEL']._serialized_end=1165
+  _globals['_KVLOST']._serialized_start=1167
+  _globals['_KVLOST']._serialized_end=1195
+  _globals['_STEPOUTPUTS']._serialized_start=1197
+  _globals['_STEPOUTPUTS']._serialized_end=1250
+  _globals['_TOKENDELTA']._serialized_start=1253
+  _globals['_TOKENDELTA']._serialized_end=1599
+  _globals['_REQUESTFAILED']._serialized_start=1602
+  _globals['_REQUESTFAILED']._serialized_end=1803
+  _globals['_REQUESTFAILED_REASON']._serialized_start=1706
+  _globals['_REQUESTFAILED_REASON']._serialized_end=1803
+  _globals['_GETSTATUSREQUEST']._serialized_start=1805
+  _globals['_GETSTATUSREQUEST']._serialized_end=1823
+  _globals['_WORKERSTATUS']._serialized_start=1826
+  _globals['_WORKERSTATUS']._serialized_end=2194
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=2147
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=2194
+  _globals['_BLOCKSTORESTATUS']._serialized_start=2197
+  _globals['_BLOCKSTORESTATUS']._serialized_end=2403
+  _globals['_WORKER']._serialized_start=2406
+  _globals['_WORKER']._serialized_end=2557
 # @@protoc_insertion_point(module_scope)

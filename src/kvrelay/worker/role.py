@@ -29,3 +29,6 @@ class DecodeRunner(Protocol):
 
     def forget(self, request_id: str) -> None:
         """The request is cancelled, perhaps before its `Decode` came: let go of blocks received for it."""
+
+    def end_wait(self, request_id: str) -> None:
+        """No more blocks come for the Prefill of this id: who waits for them goes on with what there is."""

@@ -77,6 +77,8 @@ class Session:
                 self._start("decode", message.decode.request_id, decode, tasks)
             case "cancel":
                 self._cancel(message.cancel.request_id)
+            case "kv_lost":
+                self._decode.end_wait(message.kv_lost.request_id)
 
     def _start(self, kind: str, request_id: str, work: _Work, tasks: asyncio.TaskGroup) -> None:
         key = kind, request_id

@@ -246,6 +246,41 @@ async def test_decode_computes_the_prompt_when_prefill_fails(front_end: FrontEnd
         cluster.assert_idle()
 
 
+@pytest.mark.parametrize("how", ["failed", "hung up"])
+async def test_decode_need_not_wait_for_blocks_when_prefill_is_lost_after_its_token(
+    front_end: FrontEnd, how: str
+) -> None:
+    async with fake_cluster(front_end) as cluster:
+        generating = asyncio.create_task(cluster.generate(PROMPT, temperature=0.0, max_tokens=2))
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        cluster.prefill.send(delta(prefill.request_id, [40], common_pb2.FINISH_REASON_LENGTH))
+        (decode,) = await cluster.decode.wait_for("decode")
+        assert decode.kv_wait_ms > 0
+        if how == "failed":
+            cluster.prefill.send_failed(prefill.request_id, worker_pb2.RequestFailed.REASON_UNAVAILABLE, "no way")
+        else:
+            cluster.prefill.hang_up()
+        (lost,) = await cluster.decode.wait_for("kv_lost")
+        assert lost.request_id == prefill.request_id
+        cluster.decode.send(delta(decode.request_id, [41], common_pb2.FINISH_REASON_LENGTH))
+        assert (await generating).token_ids[0] == [40, 41]
+        cluster.assert_idle()
+
+
+async def test_decode_does_not_wait_for_blocks_that_prefill_could_not_send(front_end: FrontEnd) -> None:
+    async with fake_cluster(front_end) as cluster:
+        generating = asyncio.create_task(cluster.generate(PROMPT, temperature=0.0, max_tokens=2))
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        first = delta(prefill.request_id, [40], common_pb2.FINISH_REASON_LENGTH)
+        first.kv_failed = True
+        cluster.prefill.send(first)
+        (decode,) = await cluster.decode.wait_for("decode")
+        assert decode.kv_wait_ms == 0
+        cluster.decode.send(delta(decode.request_id, [41], common_pb2.FINISH_REASON_LENGTH))
+        assert (await generating).token_ids[0] == [40, 41]
+        cluster.assert_idle()
+
+
 async def test_request_fails_when_its_decode_worker_is_lost(front_end: FrontEnd) -> None:
     async with fake_cluster(front_end) as cluster:
         generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
