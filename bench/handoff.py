@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from bench.cluster import measured_cluster
 from bench.one_engine import OneEngine, one_engine
-from bench.report import Report, parser, spread
+from bench.report import Report, median_difference, parser, spread
 from kvrelay.client import Client
 from kvrelay.models import default_cache_dir, resolve_model
 
@@ -37,6 +37,7 @@ class Samples:
     added: list[float] = field(default_factory=list)
     first_to_decode: list[float] = field(default_factory=list)
     kv_bytes: list[float] = field(default_factory=list)
+    hidden_share: list[float] = field(default_factory=list)
 
 
 def measure_pair(client: Client, prompt: list[int], samples: Samples) -> None:
@@ -54,6 +55,7 @@ def measure_pair(client: Client, prompt: list[int], samples: Samples) -> None:
     samples.added.append(times[0] - (at["prefill.sampled"] - at["prefill.queued"]) / NS)
     samples.first_to_decode.append((at["decode.sampled"] - at["prefill.sampled"]) / NS)
     samples.kv_bytes.append(timeline.counters["kv.received_bytes"])
+    samples.hidden_share.append(timeline.counters["kv.hidden_bytes"] / timeline.counters["kv.wanted_bytes"])
 
 
 def measure_one(engine: OneEngine, prompt: list[int], samples: Samples) -> None:
@@ -74,15 +76,18 @@ def row(num_tokens: int, samples: Samples) -> dict[str, object]:
         "handoff_added_s": spread(samples.added),
         "first_to_decode_token_s": spread(samples.first_to_decode),
         "kv_bytes": int(spread(samples.kv_bytes).median),
+        "hidden_share": spread(samples.hidden_share),
     }
 
 
 def note(num_tokens: int, samples: Samples) -> str:
-    """Whether the two arms' time to the second token differ by more than they scatter."""
-    pair, one = spread(samples.second_pd), spread(samples.second_one)
-    difference_ms = (pair.median - one.median) * 1e3
-    verdict = "within the spread" if pair.overlaps(one) else "outside the spread"
-    return f"{num_tokens} tokens: second token {difference_ms:+.0f} ms against one engine on one core, {verdict}"
+    """By how much the two arms differ in their time to the second token."""
+    difference = median_difference(samples.second_pd, samples.second_one)
+    low, median, high = (round(value * 1e3) for value in (difference.low, difference.median, difference.high))
+    return (
+        f"{num_tokens} tokens: second token {median:+d} ms (95 % confidence: {low:+d} to {high:+d})"
+        " against one engine on one core"
+    )
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import openai
 import psutil
 import pytest
 
+from kvrelay.client import Client
 from kvrelay.launch import devices
 from kvrelay.launch.state import default_state_dir
 from tests.support.live_cluster import LiveCluster
@@ -82,6 +84,16 @@ def test_a_second_up_says_where_the_first_is(default_cluster: LiveCluster) -> No
     assert second.returncode == 1
     assert default_cluster.state.http_url in second.stdout + second.stderr
     assert default_state_dir(environment).exists()
+
+
+def test_a_long_prompts_blocks_are_there_before_its_compute_ends(default_cluster: LiveCluster) -> None:
+    numbers = random.Random(7)
+    with Client(default_cluster.state.grpc_address) as client:
+        prompt = [numbers.randrange(1000, 40000) for _ in range(1500)]
+        generation = client.generate(prompt, max_tokens=2, temperature=0, ignore_eos=True, include_timeline=True)
+    counters = generation.timeline.counters
+    assert counters["kv.wanted_bytes"] == counters["kv.received_bytes"] > 0
+    assert counters["kv.hidden_bytes"] >= 0.9 * counters["kv.wanted_bytes"]
 
 
 def test_each_engine_is_one_process_on_its_own_cores(default_cluster: LiveCluster) -> None:
