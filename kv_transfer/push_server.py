@@ -34,11 +34,14 @@ class PushServer:
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
         self._server: grpc.Server | None = None
+        self._threads: ThreadPoolExecutor | None = None
 
     def start(self, listen: str) -> int:
         """Serve at `listen` (host:port, 0 for a free one); returns the port. Raises `OSError` when it is taken."""
-        threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="kv-push")
-        self._server = grpc.server(threads, options=grpc_options.server_options(), maximum_concurrent_rpcs=MAX_STREAMS)
+        self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="kv-push")
+        self._server = grpc.server(
+            self._threads, options=grpc_options.server_options(), maximum_concurrent_rpcs=MAX_STREAMS
+        )
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Push": grpc.stream_stream_rpc_method_handler(
                 self.push,
@@ -64,6 +67,9 @@ class PushServer:
         if self._server is not None:
             self._server.stop(None).wait(_STOP_S)
             self._server = None
+        if self._threads is not None:  # gRPC leaves them waiting for work until somebody collects garbage.
+            self._threads.shutdown(wait=False)
+            self._threads = None
 
     def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[kv_transfer_pb2.FrameAcks]:
         """See kv_transfer.proto. In a thread of its own."""
