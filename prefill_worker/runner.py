@@ -88,6 +88,8 @@ class PrefillRole:
             raise NoWorkersError(str(error)) from error
         self._host.counters["blocks_pushed"] += result.num_blocks
         self._host.counters["bytes_pushed"] += result.num_bytes
+        self._host.counters["frames_resent"] += result.num_resent_frames
+        self._host.counters["pushes_failed"] += bool(result.error)
         span.set({"kv.blocks": result.num_blocks, "kv.bytes": result.num_bytes, "kv.resent": result.num_resent_frames})
         if result.error:
             span.fail(result.error)

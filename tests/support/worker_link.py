@@ -11,7 +11,6 @@ import grpc.aio
 
 from kvrelay.grpc_options import open_channel
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
-from tests.support.eventually import eventually
 
 
 @dataclass(slots=True)
@@ -24,6 +23,7 @@ class Answer:
     counters: dict[str, int] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def is_over(self) -> bool:
@@ -38,6 +38,12 @@ class Answer:
         if delta.HasField("timeline"):
             self.counters.update(delta.timeline.counters)
             self.events.extend(event.name for event in delta.timeline.events)
+        if self.is_over:
+            self.ended.set()
+
+    def fail(self, failed: worker_pb2.RequestFailed) -> None:
+        self.failed = failed
+        self.ended.set()
 
 
 class Link:
@@ -73,7 +79,7 @@ class Link:
                 for delta in message.step.deltas:
                     self.answers[delta.request_id].add(delta)
             case "failed":
-                self.answers[message.failed.request_id].failed = message.failed
+                self.answers[message.failed.request_id].fail(message.failed)
             case "status":
                 self.statuses.append(message.status)
 
@@ -117,5 +123,9 @@ async def open_link(address: str) -> AsyncIterator[Link]:
 
 async def over(answer: Answer) -> Answer:
     """Wait for the last token, or the failure."""
-    await eventually(lambda: answer.is_over, f"an answer is over; {answer}", timeout_s=20.0)
+    try:
+        async with asyncio.timeout(20.0):
+            await answer.ended.wait()
+    except TimeoutError:
+        raise AssertionError(f"not over within 20 s: {answer}") from None
     return answer
