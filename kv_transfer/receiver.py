@@ -137,10 +137,10 @@ class Receiver:
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
             return FrameAck.STATUS_STALE
+        if checksum(header, [payload]) != header.checksum:  # Before all else: the header may be what was changed.
+            return FrameAck.STATUS_CORRUPT
         if not self._fits(header, transfer):
             return FrameAck.STATUS_REFUSED
-        if checksum(header, [payload]) != header.checksum:
-            return FrameAck.STATUS_CORRUPT
         try:
             blocks = self._decoder.decode(header, payload)
         except EncodingError:

@@ -220,6 +220,16 @@ def test_a_corrupt_frame_is_not_placed(rig: Rig) -> None:
     rig.assert_stored(0)
 
 
+@pytest.mark.parametrize("changed", [{"num_blocks": 3}, {"first_block": 9}, {"first_layer": 1}, {"num_layers": 0}])
+def test_a_header_that_was_changed_on_its_way_is_corrupt_and_not_refused(rig: Rig, changed: dict[str, int]) -> None:
+    """A push goes on after the first and ends after the second."""
+    transfer_id, _ = rig.offer("r", [0])
+    header = FrameHeader(transfer_id, 0, 1, 0, LAYERS)
+    header = replace(header, checksum=checksum(header, [content(0)]))
+    assert rig.receiver.place(replace(header, **changed), memoryview(content(0))) == CORRUPT
+    assert rig.receiver.place(header, memoryview(content(0))) == STORED
+
+
 @pytest.mark.parametrize(
     ("first_block", "num_blocks", "first_layer", "num_layers", "num_bytes"),
     [
