@@ -98,8 +98,7 @@ class Push:
     def close(self) -> None:
         """Unpin every slot that is still held; idempotent. The owner calls it, for a `run` that never started."""
         self._over = True
-        for key in list(self._orders):
-            self._settle(key)
+        self._drop_orders()
         while not self._ready.empty():
             part = self._ready.get_nowait()
             if part is not None:
@@ -116,6 +115,7 @@ class Push:
                 self._send(want, [part for part in parts if part.block in wanted])
                 self._store.unpin([part.slot for part in parts])
             await self._all_acknowledged(want)
+        self._drop_orders()  # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
         # Also after a failure: the peer need not wait any longer.
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
 
@@ -189,6 +189,11 @@ class Push:
         order = self._orders.pop(key)
         order.drop()
         self._store.unpin([part.slot for part in order.parts])
+
+    def _drop_orders(self) -> None:
+        """What was not acknowledged is not wanted any more."""
+        for key in list(self._orders):
+            self._settle(key)
 
     def _end(self, error: str) -> None:
         self._over = True
