@@ -27,6 +27,7 @@ from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
+from kvrelay.worker.status import worker_status
 from tests.support.eventually import eventually
 from tests.support.worker_link import Link, open_link, over
 
@@ -59,7 +60,7 @@ class FaultyWorker:
     address: str
 
     def status(self) -> worker_pb2.WorkerStatus:
-        return self.host.status(self.worker_id)
+        return worker_status(self.host, self.worker_id)
 
     def is_idle(self) -> bool:
         """Whether nothing of any request is left."""
@@ -97,11 +98,11 @@ async def _faulty_worker(worker_id: str, proxy: Proxy) -> AsyncIterator[FaultyWo
         stack.push_async_callback(asyncio.to_thread, push_server.stop)
         push_address = await stack.enter_async_context(proxy(f"127.0.0.1:{port}"))
         server = grpc.aio.server(options=server_options())
-        add_to_server(KvTransferService(host.receiver, push_address), server)
+        add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         info = cluster_pb2.WorkerInfo(worker_id=worker_id, address=address, layout=host.info.layout)
         service = WorkerService(
-            lambda: info, lambda: host.status(worker_id), PrefillRole(host, worker_id), DecodeRole(host)
+            lambda: info, lambda: worker_status(host, worker_id), PrefillRole(host), DecodeRole(host)
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         await server.start()
