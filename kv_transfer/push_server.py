@@ -18,6 +18,9 @@ from kvrelay.v1.kv_transfer_pb2 import FrameAck
 MAX_STREAMS = 256
 """At a time: each takes a thread while it is open, and senders close those that they do not use. More are refused."""
 
+_WINDOW_BYTES = 4 << 20
+"""What may come ahead of the frame that is read. Left to itself gRPC lets in tens of MiB for a thread that is slow, and
+is no faster."""
 _STOP_S = 2.0
 _MAX_UNTOLD = 64
 """Frames before acks go out unasked."""
@@ -28,7 +31,7 @@ _MAX_NOTED = 1024
 class PushServer:
     """Serves `KvTransfer.Push` into one receiver.
 
-    Memory is bounded by the streams: each holds one frame here and what gRPC's flow control lets in.
+    Memory is bounded by the streams: each holds one frame here and the window ahead of it.
     """
 
     def __init__(self, receiver: Receiver) -> None:
@@ -39,9 +42,8 @@ class PushServer:
     def start(self, listen: str) -> int:
         """Serve at `listen` (host:port, 0 for a free one); returns the port. Raises `OSError` when it is taken."""
         self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="kv-push")
-        self._server = grpc.server(
-            self._threads, options=grpc_options.server_options(), maximum_concurrent_rpcs=MAX_STREAMS
-        )
+        options = [*grpc_options.server_options(), *grpc_options.fixed_window(_WINDOW_BYTES)]
+        self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=MAX_STREAMS)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Push": grpc.stream_stream_rpc_method_handler(
                 self.push,

@@ -44,7 +44,8 @@ class Outgoing(Protocol):
 class PushStreams:
     """Several streams to one receiver, each over a connection of its own; whichever is free takes the next frame.
 
-    What is queued here are orders, not bytes: each stream holds one frame and what gRPC's flow control lets it write.
+    What is queued here are orders, not bytes: each stream holds one frame (`MAX_PAYLOAD_BYTES`, or one layer of one
+    block if that is larger), and gRPC a copy of it: some 10 MiB for a stream, whether its receiver reads or not.
     """
 
     def __init__(

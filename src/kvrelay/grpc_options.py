@@ -42,6 +42,11 @@ def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     ]
 
 
+def fixed_window(num_bytes: int) -> Options:
+    """For a server: a stream takes so much more than the message that is read, however fast the link is."""
+    return [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", num_bytes)]
+
+
 def channel_options(*, own_connection: bool = False) -> Options:
     """Notices a dead peer within 15 s and tries again at least every 2 s.
 
