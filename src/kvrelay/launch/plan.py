@@ -18,12 +18,12 @@ ETCD = "etcd"
 
 _FRONT_END_OPTIONS = ("--max-model-len", "--tokenizer")
 
-# Large messages stay in the heap instead of being mapped and unmapped one by one.
-_MALLOC = {
+MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483648",
     "MALLOC_TOP_PAD_": "67108864",
 }
+"""Large messages stay in the heap instead of being mapped and unmapped one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,7 @@ def _spec(name: str, arguments: Sequence[str], config: UpConfig, places: Places,
 
 def _environment(config: UpConfig, places: Places) -> dict[str, str]:
     """The user's own settings win over defaults, not over what keeps this run's files together."""
-    defaults = dict(_MALLOC)
+    defaults = dict(MALLOC_ENVIRONMENT)
     if Path(config.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
     run = {
