@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.kv_transfer import sender
+from kvrelay.kv_transfer.compression import Compression
 from tests.support.fault_proxy import Cut, Reset, Stall, TcpFault, frame_proxy, tcp_proxy
 from tests.support.faulty_pair import faulty_pair
 from tests.support.frame_faults import Chain, Delay, Disorder, Flip, FrameFault, Loss, Truncate
@@ -73,7 +74,7 @@ async def test_no_fault_changes_a_token(name: str) -> None:
     async with faulty_pair(partial(proxy_of, fault)) as pair:
         sums = await pair.run(NUM_HAND_OFFS, rng, num_at_once=NUM_AT_ONCE)
         counters = dict(pair.p.status().counters)
-    print(name, fault.num_injected, sums, counters)
+    print(name, fault.num_injected, sums, counters, "fetched", pair.d.host.counters["blocks_fetched"])
     assert fault.num_injected > 0
     assert sums.num_right == NUM_HAND_OFFS
     assert sums.num_whole >= case.least_whole * NUM_HAND_OFFS
@@ -89,17 +90,13 @@ RATES = st.sampled_from([0.0, 0.005, 0.05])
     rates=st.tuples(RATES, RATES, RATES, RATES, RATES),
     bytes_between=st.sampled_from([(MB // 10, 4 * MB), (MB, 40 * MB)]),
     kv_wait_ms=st.sampled_from([1, 100, 5_000]),
+    compression=st.sampled_from([Compression.NONE, Compression.LOSSLESS]),
 )
 def test_no_mixture_of_faults_changes_a_token(
-    seed: int, rates: tuple[float, ...], bytes_between: tuple[int, int], kv_wait_ms: int
+    seed: int, rates: tuple[float, ...], bytes_between: tuple[int, int], kv_wait_ms: int, compression: Compression
 ) -> None:
     """Also with a decode worker that waits too short a time, so that frames come while it computes."""
-    asyncio.run(_run_mixture(random.Random(seed), rates, bytes_between, kv_wait_ms))
-
-
-async def _run_mixture(
-    rng: random.Random, rates: tuple[float, ...], bytes_between: tuple[int, int], kv_wait_ms: int
-) -> None:
+    rng = random.Random(seed)
     kinds = (Delay, Loss, Flip, Truncate, Disorder)
     chain = Chain([kind(random.Random(rng.random()), rate) for kind, rate in zip(kinds, rates, strict=True)])
     reset = Reset(random.Random(rng.random()), bytes_between)
@@ -109,9 +106,11 @@ async def _run_mixture(
         async with tcp_proxy(address, reset) as behind, frame_proxy(behind, chain) as front:
             yield front
 
-    async with faulty_pair(both, kv_wait_ms=kv_wait_ms) as pair:
-        sums = await pair.run(60, rng, num_at_once=NUM_AT_ONCE)
-    assert sums.num_right == 60
+    async def run() -> None:
+        async with faulty_pair(both, kv_wait_ms=kv_wait_ms, compression=compression) as pair:
+            assert (await pair.run(60, rng, num_at_once=NUM_AT_ONCE)).num_right == 60
+
+    asyncio.run(run())
 
 
 def proxy_of(fault: FrameFault | TcpFault, address: str) -> AbstractAsyncContextManager[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from kvrelay import grpc_options
-from kvrelay.kv_transfer.service import SERVICE
+from kvrelay.kv_transfer.wire import SERVICE
 from tests.support.frame_faults import FrameFault
 
 _MAX_STREAMS = 16

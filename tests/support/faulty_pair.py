@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -19,6 +20,7 @@ from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.simulated import SimulatedEngine
 from kvrelay.engine.simulated_model import SimulatedConfig, TokenChain, check_block, expected_tokens
 from kvrelay.grpc_options import server_options
+from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.segment import size_for
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
@@ -29,7 +31,7 @@ from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
 from tests.support.eventually import eventually
-from tests.support.worker_link import Link, open_link, over
+from tests.support.worker_link import Answer, Link, open_link, over
 
 CONFIG = SimulatedConfig(
     num_layers=4,
@@ -48,6 +50,7 @@ NUM_SLOTS = 400
 """What some hundred hand-offs need goes through them several times: a frame that lands too late would show."""
 BLOCK = CONFIG.block_size_tokens
 NUM_PREFIXES = 6
+FETCH_RATE = 0.2
 
 Proxy = Callable[[str], AbstractAsyncContextManager[str]]
 """Stands before the address that it is called with; yields its own."""
@@ -89,8 +92,8 @@ class FaultyWorker:
 
 
 @contextlib.asynccontextmanager
-async def _faulty_worker(worker_id: str, proxy: Proxy) -> AsyncIterator[FaultyWorker]:
-    store = StoreConfig(size_bytes=size_for(NUM_SLOTS, CONFIG.block_bytes), share_memory=False)
+async def _faulty_worker(worker_id: str, proxy: Proxy, compression: Compression) -> AsyncIterator[FaultyWorker]:
+    store = StoreConfig(size_bytes=size_for(NUM_SLOTS, CONFIG.block_bytes), share_memory=False, compression=compression)
     async with contextlib.AsyncExitStack() as stack:
         host = await stack.enter_async_context(open_host(SimulatedEngine(CONFIG), store, Tracing()))
         push_server = PushServer(host.receiver)
@@ -101,6 +104,7 @@ async def _faulty_worker(worker_id: str, proxy: Proxy) -> AsyncIterator[FaultyWo
         add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         info = cluster_pb2.WorkerInfo(worker_id=worker_id, address=address, layout=host.info.layout)
+        host.borrower.address = address
         service = WorkerService(
             lambda: info, lambda: worker_status(host, worker_id), PrefillRole(host), DecodeRole(host)
         )
@@ -115,8 +119,6 @@ class HandOffs:
     """What some hundred requests came to."""
 
     num_right: int = 0
-    num_loaded_tokens: int = 0
-    num_prompt_tokens: int = 0
     num_whole: int = 0
     """Hand-offs of which the decode worker computed nothing but what it must."""
 
@@ -136,47 +138,55 @@ class FaultyPair:
         self.prompts.append(prompt)
         num_tokens = rng.randrange(2, 6)
         request_id = f"r{number}"
-        early = rng.random() < 0.3
         first = self.to_p.prefill(
             worker_pb2.Prefill(
                 request_id=request_id,
                 prompt_token_ids=prompt,
                 sampling=_sampling(1),
                 decode_address=self.d.address,
-                decode_worker_id="d",
             )
         )
-        if not early:
+        if rng.random() < 0.7:  # The others are decoded without the first token, while P still works on them.
             await over(first)
             assert first.failed is None, first.failed
-        rest = self.to_d.decode(
-            worker_pb2.Decode(
-                request_id=request_id,
-                prompt_token_ids=[*prompt, *first.token_ids],
-                kv_wait_ms=self.kv_wait_ms,
-                sampling=_sampling(num_tokens - len(first.token_ids)),
-            )
-        )
-        tokens = [*first.token_ids]
-        await over(rest)
-        assert rest.failed is None, rest.failed
-        tokens += rest.token_ids
+        rest = self._decode(request_id, [*prompt, *first.token_ids], num_tokens - len(first.token_ids))
+        tokens = [*first.token_ids, *(await self._tokens(rest))]
         await over(first)
         assert tokens == expected_tokens(prompt, num_tokens, CONFIG), f"{request_id} has other tokens"
         sums.num_right += 1
-        stored = rest.counters["decode.tokens_stored"]
-        sums.num_loaded_tokens += stored
-        sums.num_prompt_tokens += len(prompt)
-        sums.num_whole += stored >= len(prompt) - 1
+        sums.num_whole += rest.counters["decode.tokens_stored"] >= len(prompt) - 1
+
+    async def fetch(self, number: int, rng: random.Random) -> None:
+        """A request of which the decode worker asks the other one for what that may have."""
+        shared = rng.choice(self.prompts)
+        prompt = [*shared, *rng.choices(range(3, CONFIG.vocab_size), k=rng.randrange(1, BLOCK))]
+        answer = self._decode(f"f{number}", prompt, 2, kv_wait_ms=0, prefix_address=self.p.address)
+        assert await self._tokens(answer) == expected_tokens(prompt, 2, CONFIG), "other tokens after a prefix came"
+
+    def _decode(self, request_id: str, prompt: Sequence[int], num_tokens: int, **values: Any) -> Answer:
+        values.setdefault("kv_wait_ms", self.kv_wait_ms)
+        return self.to_d.decode(
+            worker_pb2.Decode(request_id=request_id, prompt_token_ids=prompt, sampling=_sampling(num_tokens), **values)
+        )
+
+    async def _tokens(self, answer: Answer) -> list[int]:
+        await over(answer)
+        assert answer.failed is None, answer.failed
+        return answer.token_ids
 
     async def run(self, num_requests: int, rng: random.Random, *, num_at_once: int) -> HandOffs:
-        """So many hand-offs, some at a time; both workers are idle afterwards and hold nothing wrong."""
+        """So many hand-offs, some at a time, and some fetches of prefixes.
+
+        Both workers are idle afterwards and hold nothing wrong.
+        """
         sums = HandOffs()
         numbers = iter(range(num_requests))
 
         async def one_after_the_other() -> None:
             for number in numbers:
                 await self.hand_off(number, rng, sums)
+                if rng.random() < FETCH_RATE:
+                    await self.fetch(number, rng)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(num_at_once):
@@ -199,12 +209,14 @@ def _sampling(max_tokens: int) -> common_pb2.SamplingParams:
 
 
 @contextlib.asynccontextmanager
-async def faulty_pair(proxy: Proxy, *, kv_wait_ms: int = 5_000) -> AsyncIterator[FaultyPair]:
+async def faulty_pair(
+    proxy: Proxy, *, kv_wait_ms: int = 5_000, compression: Compression = Compression.NONE
+) -> AsyncIterator[FaultyPair]:
     """Both workers; frames to the decode worker pass `proxy`. No thread and no connection is left at the end."""
     before = _own_connections()
     async with (
-        _faulty_worker("p", contextlib.nullcontext) as p,
-        _faulty_worker("d", proxy) as d,
+        _faulty_worker("p", contextlib.nullcontext, compression) as p,
+        _faulty_worker("d", proxy, compression) as d,
         open_link(p.address) as to_p,
         open_link(d.address) as to_d,
     ):
