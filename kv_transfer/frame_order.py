@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, encode_frame
+from kvrelay.kv_transfer.wire import FRAME_BYTES, MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
 from kvrelay.v1.kv_transfer_pb2 import LocalRun
 
 Encode = Callable[[int, Sequence[memoryview]], tuple[int, Sequence[memoryview | bytes]]]
@@ -69,6 +73,33 @@ class FrameOrder:
                 return encode_frame(header, pieces)
             finally:
                 for view in views:  # A traceback would keep them, and the segment could not be closed.
+                    view.release()
+
+    def gather(self, into: npt.NDArray[np.uint8]) -> FrameHeader | None:
+        """Copy the blocks to the beginning of `into`, as they are, for a way that takes header and payload apart.
+
+        Returns the frame's header with its checksum, or None when it is not wanted any more. Any thread.
+        """
+        with self._lock:
+            if self._dropped:
+                return None
+            self.was_sent = True
+            first = self.parts[0]
+            offset, size = first.first_layer * self._layer_bytes, first.num_layers * self._layer_bytes
+            views = [self._segment.slot_view(part.slot, offset, size) for part in self.parts]
+            try:
+                for i, view in enumerate(views):
+                    np.copyto(into[i * size : (i + 1) * size], np.frombuffer(view, np.uint8))
+                header = FrameHeader(
+                    transfer_id=self._transfer_id,
+                    first_block=first.block,
+                    num_blocks=len(views),
+                    first_layer=first.first_layer,
+                    num_layers=first.num_layers,
+                )
+                return dataclasses.replace(header, checksum=checksum(header, views))
+            finally:
+                for view in views:
                     view.release()
 
     def drop(self) -> None:

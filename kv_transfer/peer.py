@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
 from kvrelay import grpc_options
+from kvrelay.kv_transfer.collecting import Collecting
+from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.frame_order import FrameOrder
 from kvrelay.kv_transfer.link_coder import LinkCoder
-from kvrelay.kv_transfer.push_stream import AckHandler, Outgoing, PushStreams
+from kvrelay.kv_transfer.push_stream import AckHandler, PushStreams
 from kvrelay.kv_transfer.wire import SERVICE
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 
@@ -25,6 +30,16 @@ _IDLE_S = 300.0
 
 _Way = tuple[str, str]
 """Push address and method: what streams are for."""
+
+
+@dataclass(slots=True)
+class _Listener:
+    """Of one transfer's acks."""
+
+    handler: AckHandler
+    ways: set[_Way] = field(default_factory=set)
+    transports: dict[str, None] = field(default_factory=dict)
+    """Those used, in the order of their first use."""
 
 
 class PeerError(ConnectionError):
@@ -45,9 +60,14 @@ class Peer:
         compression: Compression = Compression.NONE,
         *,
         num_streams: int = DEFAULT_STREAMS,
+        collectives: Collectives | None = None,
+        counters: Counter[str] | None = None,
     ) -> None:
+        """`collectives`: of the worker. `counters` get the bytes sent by each transport."""
         self.address = address
         self.coder = LinkCoder(compression, layout, num_streams)
+        self._counters: Counter[str] = Counter() if counters is None else counters
+        self.collecting = Collecting(collectives or Collectives(), self._counters, self._hand_on, self._push)
         self._num_streams = num_streams
         self._channel = grpc_options.open_channel(address, own_connection=True)
         self._offer = self._channel.unary_unary(
@@ -66,10 +86,12 @@ class Peer:
             response_deserializer=kv_transfer_pb2.FetchResponse.FromString,
         )
         self._streams: dict[_Way, PushStreams] = {}
-        self._handlers: dict[int, tuple[_Way, AckHandler]] = {}
+        self._listeners: dict[int, _Listener] = {}
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
         """Raises `PeerError` and `LayoutRefusedError`."""
+        del request.collective[:]
+        request.collective.extend(self.collecting.offered())
         try:
             want = await self._offer(request, timeout=_RPC_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
@@ -78,6 +100,7 @@ class Peer:
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
         for way in [way for way in self._streams if way[0] != want.push_address]:
             await self._streams.pop(way).close()
+        await self.collecting.follow(want)
         return want
 
     async def commit(self, transfer_id: int) -> int:
@@ -97,43 +120,62 @@ class Peer:
         return reply.num_blocks
 
     @contextlib.contextmanager
-    def acks(self, want: kv_transfer_pb2.Want, handler: AckHandler) -> Iterator[None]:
-        """Within it `handler` gets the transfer's acks."""
-        self._handlers[want.transfer_id] = _way(want), handler
+    def acks(self, want: kv_transfer_pb2.Want, handler: AckHandler) -> Iterator[Collection[str]]:
+        """Within it `handler` gets the transfer's acks; gives the names of the transports used so far."""
+        listener = self._listeners[want.transfer_id] = _Listener(handler)
         try:
-            yield
+            yield listener.transports.keys()
         finally:
-            del self._handlers[want.transfer_id]
+            del self._listeners[want.transfer_id]
 
     @property
     def num_transfers(self) -> int:
-        return len(self._handlers)
+        return len(self._listeners)
 
-    def send(self, want: kv_transfer_pb2.Want, order: Outgoing) -> None:
+    def send(self, want: kv_transfer_pb2.Want, order: FrameOrder) -> None:
         """Have it sent the way that the answer to the offer says."""
-        way = _way(want)
+        if self.collecting.takes(want):
+            self._note(want, order, self.collecting.name)
+            self.collecting.put(want, order)
+        else:
+            self._push(want, order)
+
+    def _push(self, want: kv_transfer_pb2.Want, order: FrameOrder) -> None:
+        way = want.push_address, "Copy" if want.local else "Push"
+        listener = self._note(want, order, "shm" if want.local else "grpc")
+        if listener is not None:
+            listener.ways.add(way)
         if way not in self._streams:
             self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way), self.coder.sent)
         self._streams[way].put(order)
 
+    def _note(self, want: kv_transfer_pb2.Want, order: FrameOrder, transport: str) -> _Listener | None:
+        self._counters[f"bytes_pushed_{transport}"] += order.num_bytes
+        listener = self._listeners.get(want.transfer_id)
+        if listener is not None:
+            listener.transports[transport] = None
+        return listener
+
     def _on_ack(self, way: _Way, ack: kv_transfer_pb2.FrameAck | None) -> None:
-        if ack is None:
-            for used, handler in list(self._handlers.values()):
-                if used == way:
-                    handler(None)
-        elif ack.transfer_id in self._handlers:
-            self._handlers[ack.transfer_id][1](ack)
+        if ack is not None:
+            self._hand_on(ack)
+            return
+        for listener in list(self._listeners.values()):
+            if way in listener.ways:
+                listener.handler(None)
+
+    def _hand_on(self, ack: kv_transfer_pb2.FrameAck) -> None:
+        listener = self._listeners.get(ack.transfer_id)
+        if listener is not None:
+            listener.handler(ack)
 
     async def close(self) -> None:
-        """Close streams and channel."""
+        """Close group, streams and channel."""
+        await self.collecting.close()
         for streams in self._streams.values():
             await streams.close()
         self._streams.clear()
         await self._channel.close()
-
-
-def _way(want: kv_transfer_pb2.Want) -> _Way:
-    return want.push_address, "Copy" if want.local else "Push"
 
 
 class Peers:
@@ -144,11 +186,15 @@ class Peers:
         layout: cluster_pb2.KvLayout,
         compression: Compression = Compression.NONE,
         *,
+        collectives: Collectives | None = None,
+        counters: Counter[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`layout`: of the blocks that are sent."""
+        """`layout`: of the blocks that are sent. `collectives` and `counters` as `Peer` takes them."""
         self._layout = layout
         self._compression = compression
+        self._collectives = collectives
+        self._counters = counters
         self._clock = clock
         self._peers: dict[str, Peer] = {}
         self._used_s: dict[str, float] = {}
@@ -157,7 +203,9 @@ class Peers:
         """The peer at `host:port`."""
         self._used_s[address] = self._clock()
         if address not in self._peers:
-            self._peers[address] = Peer(address, self._layout, self._compression)
+            self._peers[address] = Peer(
+                address, self._layout, self._compression, collectives=self._collectives, counters=self._counters
+            )
         return self._peers[address]
 
     @property

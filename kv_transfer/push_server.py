@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 
 from kvrelay import grpc_options
+from kvrelay.kv_transfer.collect_receiver import receive_runs
+from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.wire import SERVICE, FrameError, FrameHeader, decode_frame
 from kvrelay.v1 import kv_transfer_pb2
@@ -34,8 +36,10 @@ class PushServer:
     Memory is bounded by the streams: each holds one frame here and the window ahead of it.
     """
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, collectives: Collectives | None = None) -> None:
+        """`collectives`: of the worker, if others may send to it through process groups."""
         self._receiver = receiver
+        self._collectives = collectives
         self._server: grpc.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -56,6 +60,12 @@ class PushServer:
                 response_serializer=kv_transfer_pb2.FrameAcks.SerializeToString,
             ),
         }
+        if self._collectives is not None:
+            handlers["Collect"] = grpc.stream_stream_rpc_method_handler(
+                self.collect,
+                request_deserializer=kv_transfer_pb2.CollectRun.FromString,
+                response_serializer=kv_transfer_pb2.FrameAcks.SerializeToString,
+            )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
             port = self._server.add_insecure_port(listen)
@@ -65,7 +75,7 @@ class PushServer:
         return port
 
     def stop(self) -> None:
-        """End every stream and wait for its thread, for a while. Idempotent."""
+        """End every stream and wait for its thread, for a while. Idempotent. `Collectives.close` comes before."""
         if self._server is not None:
             self._server.stop(None).wait(_STOP_S)
             self._server = None
@@ -100,6 +110,19 @@ class PushServer:
                 self._note(transfer_ids, run.transfer_id)
                 header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
                 yield self._tell([_ack(header, self._receiver.copy(run))])
+
+    def collect(
+        self, messages: Iterator[kv_transfer_pb2.CollectRun], context: grpc.ServicerContext
+    ) -> Iterator[kv_transfer_pb2.FrameAcks]:
+        """See kv_transfer.proto. In a thread of its own."""
+        assert self._collectives is not None
+        with self._stream() as transfer_ids:
+            try:
+                for header, status in receive_runs(messages, self._receiver, self._collectives):
+                    self._note(transfer_ids, header.transfer_id)
+                    yield self._tell([_ack(header, status)])
+            except ValueError as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     def _tell(self, acks: Sequence[FrameAck]) -> kv_transfer_pb2.FrameAcks:
         self._receiver.announce()

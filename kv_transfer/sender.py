@@ -39,6 +39,8 @@ class PushResult:
     """Acknowledged."""
     num_resent_frames: int = 0
     num_missing_blocks: int = 0
+    transport: str = ""
+    """How blocks went: grpc, shm, gloo or nccl, or several of them in the order of their first use with "+" between."""
     error: str = ""
     """Why the push ended early; empty when it did not."""
 
@@ -108,13 +110,14 @@ class Push:
         want = await self._peer.offer(self._offer)
         wanted = frozenset(want.blocks)
         self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
-        with self._peer.acks(want, partial(self._on_ack, want)):
+        with self._peer.acks(want, partial(self._on_ack, want)) as used:
             finished = False
             while not (finished or self._over):
                 parts, finished = await self._next_parts()
                 self._send(want, [part for part in parts if part.block in wanted])
                 self._store.unpin([part.slot for part in parts])
             await self._all_acknowledged(want)
+            self.result.transport = "+".join(used)
         self._drop_orders()  # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
         # Also after a failure: the peer need not wait any longer.
         self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.lending import BusyError
 from kvrelay.kv_transfer.offers import LayoutMismatchError, OfferError
 from kvrelay.kv_transfer.receiver import Receiver
@@ -20,9 +21,20 @@ class KvTransferService:
     """Handlers of one worker. Frames come in elsewhere: `push_server`."""
 
     def __init__(
-        self, receiver: Receiver, push_address: str, lend: Callable[[kv_transfer_pb2.FetchRequest], int]
+        self,
+        receiver: Receiver,
+        push_address: str,
+        lend: Callable[[kv_transfer_pb2.FetchRequest], int],
+        *,
+        maps_memory: bool = True,
+        collectives: Collectives | None = None,
     ) -> None:
-        """`push_address`: host:port where senders reach this worker's `PushServer`; `lend`: `Lender.lend`."""
+        """`push_address`: host:port where senders reach this worker's `PushServer`; `lend`: `Lender.lend`.
+
+        `maps_memory`: whether it copies out of the memory of senders on this machine; `collectives`: `PushServer`'s.
+        """
+        self._maps_memory = maps_memory
+        self._collectives = collectives
         self._receiver = receiver
         self._lend = lend
         self._push_address = push_address
@@ -30,7 +42,8 @@ class KvTransferService:
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: _Context) -> kv_transfer_pb2.Want:
         """See kv_transfer.proto."""
         receiver = self._receiver
-        local = receiver.meet(request.local)
+        local = self._maps_memory and receiver.meet(request.local)
+        invitation = await self._collectives.invite(request.collective) if self._collectives and not local else None
         try:
             transfer_id, blocks = receiver.offer(
                 request.request_id,
@@ -48,6 +61,7 @@ class KvTransferService:
             push_address=self._push_address,
             local=local,
             encodings=receiver.encodings,
+            collective=invitation,
         )
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:

@@ -100,7 +100,9 @@ async def test_blocks_arrive_with_their_content() -> None:
     async with open_pair() as pair:
         result = await pair.push("r", MANY).run()
         size = 40 * SLOT_BYTES
-        assert result == PushResult(num_wanted_bytes=size, num_blocks=40, num_bytes=size, num_stored_bytes=size)
+        assert result == PushResult(
+            num_wanted_bytes=size, num_blocks=40, num_bytes=size, num_stored_bytes=size, transport="grpc"
+        )
         transfer = await pair.receiver.receiver.wait_settled("r", 10)
         assert transfer is not None
         assert (transfer.received_blocks, transfer.received_bytes) == (40, 40 * SLOT_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc.aio
@@ -12,6 +13,7 @@ from kvrelay.block_hash import layout_fingerprint
 from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peer, Peers
@@ -124,19 +126,28 @@ def whole(block: int, slot: int) -> BlockPart:
 class KvServer:
     """A KvTransfer service; can be stopped and started again on the same ports."""
 
-    def __init__(self, receiver: Receiver, push_server: type[PushServer] = PushServer) -> None:
+    def __init__(
+        self,
+        receiver: Receiver,
+        push_server: type[PushServer] = PushServer,
+        collectives: Collectives | None = None,
+    ) -> None:
         self.address = ""
         self._receiver = receiver
         self._push_server_type = push_server
+        self._collectives = collectives
         self._port = self._push_port = 0
         self._server: grpc.aio.Server | None = None
         self._push_server: PushServer | None = None
 
     async def start(self) -> None:
-        self._push_server = self._push_server_type(self._receiver)
+        self._push_server = self._push_server_type(self._receiver, self._collectives)
         self._push_port = self._push_server.start(f"127.0.0.1:{self._push_port}")
         self._server = grpc.aio.server(options=server_options())
-        add_to_server(KvTransferService(self._receiver, self.push_address, lambda _: 0), self._server)
+        if self._collectives is not None:
+            self._collectives.listen("127.0.0.1", "127.0.0.1")
+        service = KvTransferService(self._receiver, self.push_address, lambda _: 0, collectives=self._collectives)
+        add_to_server(service, self._server)
         self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"
         await self._server.start()
@@ -148,14 +159,18 @@ class KvServer:
     async def stop(self) -> None:
         if self._server is not None and self._push_server is not None:
             await self._server.stop(None)
+            if self._collectives is not None:
+                await asyncio.to_thread(self._collectives.close)
             await asyncio.to_thread(self._push_server.stop)
             self._server = self._push_server = None
 
 
 @contextlib.asynccontextmanager
-async def kv_server(receiver: Receiver, push_server: type[PushServer] = PushServer) -> AsyncIterator[KvServer]:
+async def kv_server(
+    receiver: Receiver, push_server: type[PushServer] = PushServer, collectives: Collectives | None = None
+) -> AsyncIterator[KvServer]:
     """Serve until the end of the block."""
-    server = KvServer(receiver, push_server)
+    server = KvServer(receiver, push_server, collectives)
     await server.start()
     try:
         yield server
@@ -164,8 +179,13 @@ async def kv_server(receiver: Receiver, push_server: type[PushServer] = PushServ
 
 
 @contextlib.asynccontextmanager
-async def open_peers(compression: Compression = Compression.NONE) -> AsyncIterator[Peers]:
-    peers = Peers(make_layout(), compression)
+async def open_peers(
+    compression: Compression = Compression.NONE,
+    *,
+    collectives: Collectives | None = None,
+    counters: Counter[str] | None = None,
+) -> AsyncIterator[Peers]:
+    peers = Peers(make_layout(), compression, collectives=collectives, counters=counters)
     try:
         yield peers
     finally:

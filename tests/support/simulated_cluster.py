@@ -68,14 +68,25 @@ async def simulated_worker(
         prefill, decode = PrefillRole(host), DecodeRole(host)
         service = WorkerService(lambda: info, lambda: worker_status(host, worker_id), prefill, decode)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-        push_server = PushServer(host.receiver)
+        push_server = PushServer(host.receiver, host.collectives)
         push_address = f"127.0.0.1:{push_server.start('127.0.0.1:0')}"
-        kv_service.add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
+        host.collectives.listen("127.0.0.1", "127.0.0.1")
+        kv_service.add_to_server(
+            KvTransferService(
+                host.receiver,
+                push_address,
+                host.lender.lend,
+                maps_memory=host.transport.shares_memory,
+                collectives=host.collectives,
+            ),
+            server,
+        )
         await server.start()
         try:
             yield SimulatedWorker(info, host)
         finally:
             await server.stop(None)
+            await asyncio.to_thread(host.collectives.close)
             await asyncio.to_thread(push_server.stop)
 
 

@@ -233,6 +233,7 @@ def _up_config(
         kv_disk_bytes=engine.kv_disk_bytes,
         kv_compression=engine.kv_compression,
         kv_disk_path=engine.kv_disk_path.absolute(),
+        kv_transport=engine.kv_transport,
         kv_cache_gib=children.kv_cache_gib,
         http=str(api.http),
         grpc=str(api.grpc),

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from kvrelay.cli import options as opt
 from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.transport import KvTransport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +22,14 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What computes in each worker, and where its blocks are kept."""
+    """What computes in each worker, where its blocks are kept, and how they go to others."""
 
     engine: opt.EngineOption = opt.EngineKind.VLLM
     kv_host_bytes: opt.KvHostBytesOption = opt.KV_HOST_BYTES
     kv_disk_bytes: opt.KvDiskBytesOption = 0
     kv_disk_path: opt.KvDiskPathOption = opt.KV_DISK_PATH
     kv_compression: opt.KvCompressionOption = Compression.NONE
+    kv_transport: opt.KvTransportOption = KvTransport.AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from kvrelay.cli.parsing import (
     parse_size,
 )
 from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.transport import KvTransport
 
 
 class EngineKind(StrEnum):
@@ -140,6 +141,16 @@ KvDiskPathOption = Annotated[
         metavar="DIR",
         rich_help_panel=MODEL,
         help="Where that room is taken; best a local SSD. No file is left.",
+    ),
+]
+KvTransportOption = Annotated[
+    KvTransport,
+    typer.Option(
+        "--kv-transport",
+        rich_help_panel=NETWORK,
+        help="How KV blocks go to other workers and come from them. auto: shared memory on one machine, NCCL where both"
+        " have GPUs, else gRPC. collective: NCCL or gloo. A pair uses what both allow, and gRPC when that fails."
+        " NCCL and gloo connect to free ports without a password.",
     ),
 ]
 EngineArgsArgument = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -115,6 +116,7 @@ def _run_worker(role: Literal["prefill", "decode"], flags: _Flags) -> None:
 
 
 def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel) -> WorkerConfig:
+    from kvrelay.kv_transfer.collective_group import CollectiveConfig
     from kvrelay.launch.engines import EngineChoice
     from kvrelay.launch.worker import WorkerConfig
     from kvrelay.v1 import cluster_pb2
@@ -138,6 +140,8 @@ def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel
         ),
         store=StoreConfig(
             size_bytes=engine.kv_host_bytes,
+            transport=engine.kv_transport,
+            collective=CollectiveConfig(interface=os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]),
             disk_bytes=engine.kv_disk_bytes,
             disk_path=engine.kv_disk_path,
             compression=engine.kv_compression,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvrelay import default_addresses
 from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.launch.devices import Devices, Share, shares
 from kvrelay.launch.places import Places
 from kvrelay.launch.supervisor import ChildSpec
@@ -54,6 +55,7 @@ class UpConfig:
     kv_disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file there has no name
     """Room on disk for blocks that leave that memory, of each worker; 0 for none."""
     kv_compression: Compression = Compression.NONE
+    kv_transport: KvTransport = KvTransport.AUTO
     kv_cache_gib: int = 1
     """Memory of each CPU engine's own KV cache."""
     http: str = default_addresses.HTTP
@@ -133,6 +135,8 @@ def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> C
     arguments = [f"{_role_of(name)}-worker", *_shared_options(config, places)]
     arguments += ["--worker-id", name, "--listen", "127.0.0.1:0"]
     arguments += ["--engine", config.engine, "--kv-host-bytes", str(config.kv_host_bytes)]
+    if config.kv_transport is not KvTransport.AUTO:
+        arguments += ["--kv-transport", config.kv_transport.value]
     if config.kv_compression is not Compression.NONE:
         arguments += ["--kv-compression", config.kv_compression.value]
     if config.kv_disk_bytes:

@@ -167,10 +167,21 @@ async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[S
         DecodeRole(host),
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-    push_server = PushServer(host.receiver)
-    push_port = push_server.start(config.kv_listen or f"{_host_of(config.listen)}:0")
+    push_server = PushServer(host.receiver, host.collectives)
+    kv_listen = config.kv_listen or f"{_host_of(config.listen)}:0"
+    push_port = push_server.start(kv_listen)
     push_address = config.kv_advertise or f"{_host_of(info.address)}:{push_port}"
-    kv_service.add_to_server(KvTransferService(host.receiver, push_address, host.lender.lend), server)
+    host.collectives.listen(_host_of(kv_listen), _host_of(push_address))
+    kv_service.add_to_server(
+        KvTransferService(
+            host.receiver,
+            push_address,
+            host.lender.lend,
+            maps_memory=host.transport.shares_memory,
+            collectives=host.collectives,
+        ),
+        server,
+    )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -186,6 +197,7 @@ async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[S
         yield Served(info, service, health_servicer)
     finally:
         await server.stop(None)
+        await asyncio.to_thread(host.collectives.close)
         await asyncio.to_thread(push_server.stop)
 
 

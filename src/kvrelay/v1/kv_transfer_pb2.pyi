@@ -21,6 +21,24 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _CollectiveBackend:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CollectiveBackendEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CollectiveBackend.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COLLECTIVE_BACKEND_UNSPECIFIED: _CollectiveBackend.ValueType  # 0
+    COLLECTIVE_BACKEND_GLOO: _CollectiveBackend.ValueType  # 1
+    COLLECTIVE_BACKEND_NCCL: _CollectiveBackend.ValueType  # 2
+
+class CollectiveBackend(_CollectiveBackend, metaclass=_CollectiveBackendEnumTypeWrapper):
+    """Of torch.distributed."""
+
+COLLECTIVE_BACKEND_UNSPECIFIED: CollectiveBackend.ValueType  # 0
+COLLECTIVE_BACKEND_GLOO: CollectiveBackend.ValueType  # 1
+COLLECTIVE_BACKEND_NCCL: CollectiveBackend.ValueType  # 2
+Global___CollectiveBackend: _TypeAlias = CollectiveBackend  # noqa: Y015
+
 class _Encoding:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -110,6 +128,7 @@ class OfferRequest(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
+    COLLECTIVE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     block_hashes: _builtins.bytes
     """The chained hashes of the request's blocks, 16 bytes each, first block first."""
@@ -121,6 +140,10 @@ class OfferRequest(_message.Message):
     def local(self) -> Global___LocalSegment:
         """Unset when the sender does not want its memory to be mapped."""
 
+    @_builtins.property
+    def collective(self) -> _containers.RepeatedScalarFieldContainer[Global___CollectiveBackend.ValueType]:
+        """Backends over which the sender can build a process group, the one that it likes best first."""
+
     def __init__(
         self,
         *,
@@ -129,10 +152,11 @@ class OfferRequest(_message.Message):
         block_hashes: _builtins.bytes = ...,
         trace: _common_pb2.TraceContext | None = ...,
         local: Global___LocalSegment | None = ...,
+        collective: _abc.Iterable[Global___CollectiveBackend.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "local", b"local", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "layout", b"layout", "local", b"local", "request_id", b"request_id", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "collective", b"collective", "layout", b"layout", "local", b"local", "request_id", b"request_id", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,6 +197,7 @@ class Want(_message.Message):
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
+    COLLECTIVE_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """Names the reservation; never used twice by one receiver."""
     push_address: _builtins.str
@@ -187,6 +212,10 @@ class Want(_message.Message):
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[Global___Encoding.ValueType]:
         """What frames may be coded as; the sender chooses, frame by frame."""
 
+    @_builtins.property
+    def collective(self) -> Global___CollectiveInvitation:
+        """Set when blocks may come by Collect as well."""
+
     def __init__(
         self,
         *,
@@ -195,14 +224,44 @@ class Want(_message.Message):
         push_address: _builtins.str = ...,
         local: _builtins.bool = ...,
         encodings: _abc.Iterable[Global___Encoding.ValueType] | None = ...,
+        collective: Global___CollectiveInvitation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "encodings", b"encodings", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "collective", b"collective", "encodings", b"encodings", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Want: _TypeAlias = Want  # noqa: Y015
+
+@_typing.final
+class CollectiveInvitation(_message.Message):
+    """Where a sender and this receiver meet for a process group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    STORE_ADDRESS_FIELD_NUMBER: _builtins.int
+    WORLD_FIELD_NUMBER: _builtins.int
+    backend: Global___CollectiveBackend.ValueType
+    store_address: _builtins.str
+    """host:port of the receiver's torch TCPStore."""
+    world: _builtins.int
+    """What that store has under the key "world": another receiver's store may listen at the address by now."""
+    def __init__(
+        self,
+        *,
+        backend: Global___CollectiveBackend.ValueType = ...,
+        store_address: _builtins.str = ...,
+        world: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "store_address", b"store_address", "world", b"world"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectiveInvitation: _TypeAlias = CollectiveInvitation  # noqa: Y015
 
 @_typing.final
 class Frame(_message.Message):
@@ -301,6 +360,80 @@ class LocalRun(_message.Message):
 Global___LocalRun: _TypeAlias = LocalRun  # noqa: Y015
 
 @_typing.final
+class CollectRun(_message.Message):
+    """A run whose bytes go through the stream's process group, like a Frame. The stream's first message has the group only."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.int
+    first_block: _builtins.int
+    num_blocks: _builtins.int
+    first_layer: _builtins.int
+    num_layers: _builtins.int
+    checksum: _builtins.int
+    """As a Frame's that does not ask for acks."""
+    num_bytes: _builtins.int
+    """What goes through the group for this run."""
+    @_builtins.property
+    def group(self) -> Global___CollectiveGroup: ...
+    def __init__(
+        self,
+        *,
+        group: Global___CollectiveGroup | None = ...,
+        transfer_id: _builtins.int = ...,
+        first_block: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "group", b"group", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectRun: _TypeAlias = CollectRun  # noqa: Y015
+
+@_typing.final
+class CollectiveGroup(_message.Message):
+    """The sender has rank 0, the receiver rank 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    SENDER_HOST_FIELD_NUMBER: _builtins.int
+    backend: Global___CollectiveBackend.ValueType
+    group_id: _builtins.int
+    """Random; what is in the store for this group has it as prefix."""
+    sender_host: _builtins.str
+    """An address of the sender, by which the receiver chooses the interface that it listens on."""
+    def __init__(
+        self,
+        *,
+        backend: Global___CollectiveBackend.ValueType = ...,
+        group_id: _builtins.int = ...,
+        sender_host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group_id", b"group_id", "sender_host", b"sender_host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectiveGroup: _TypeAlias = CollectiveGroup  # noqa: Y015
+
+@_typing.final
 class FrameAck(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -318,6 +451,8 @@ class FrameAck(_message.Message):
         """The transfer is unknown, over or cancelled; stop sending."""
         STATUS_REFUSED: FrameAck._Status.ValueType  # 4
         """The run does not fit the reservation: a bug of the sender."""
+        STATUS_LOST: FrameAck._Status.ValueType  # 5
+        """Its bytes did not come, because the process group failed: send it by Push."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: FrameAck.Status.ValueType  # 0
@@ -328,6 +463,8 @@ class FrameAck(_message.Message):
     """The transfer is unknown, over or cancelled; stop sending."""
     STATUS_REFUSED: FrameAck.Status.ValueType  # 4
     """The run does not fit the reservation: a bug of the sender."""
+    STATUS_LOST: FrameAck.Status.ValueType  # 5
+    """Its bytes did not come, because the process group failed: send it by Push."""
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int

@@ -57,6 +57,11 @@ class KvTransferStub(object):
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
                 _registered_method=True)
+        self.Collect = channel.stream_stream(
+                '/kvrelay.v1.KvTransfer/Collect',
+                request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CollectRun.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/kvrelay.v1.KvTransfer/Commit',
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CommitRequest.SerializeToString,
@@ -105,6 +110,15 @@ class KvTransferServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Collect(self, request_iterator, context):
+        """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
+        as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
+        sender half-closes the stream, and what was not acknowledged goes by Push.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Commit(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -135,6 +149,11 @@ def add_KvTransferServicer_to_server(servicer, server):
             'Copy': grpc.stream_stream_rpc_method_handler(
                     servicer.Copy,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.SerializeToString,
+            ),
+            'Collect': grpc.stream_stream_rpc_method_handler(
+                    servicer.Collect,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.CollectRun.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
@@ -236,6 +255,33 @@ class KvTransfer(object):
             target,
             '/kvrelay.v1.KvTransfer/Copy',
             kvrelay_dot_v1_dot_kv__transfer__pb2.LocalRun.SerializeToString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Collect(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvrelay.v1.KvTransfer/Collect',
+            kvrelay_dot_v1_dot_kv__transfer__pb2.CollectRun.SerializeToString,
             kvrelay_dot_v1_dot_kv__transfer__pb2.FrameAcks.FromString,
             options,
             channel_credentials,

@@ -53,6 +53,11 @@ class KvTransferStub:
     """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
     Every run is acknowledged at once.
     """
+    Collect: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.CollectRun, _kv_transfer_pb2.FrameAcks]
+    """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
+    as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
+    sender half-closes the stream, and what was not acknowledged goes by Push.
+    """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
     Fetch: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
     """The other way round: asks a worker for what its store has of a prompt. It answers what it has, and offers and pushes
@@ -83,6 +88,11 @@ class KvTransferAsyncStub(KvTransferStub):
     Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
     """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
     Every run is acknowledged at once.
+    """
+    Collect: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.CollectRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
+    """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
+    as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
+    sender half-closes the stream, and what was not acknowledged goes by Push.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
     Fetch: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
@@ -129,6 +139,17 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
         """Like Push, for two workers on one machine: the receiver copies from the sender's segment, which it has mapped.
         Every run is acknowledged at once.
+        """
+
+    @_abc_1.abstractmethod
+    def Collect(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.CollectRun],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
+        """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
+        as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
+        sender half-closes the stream, and what was not acknowledged goes by Push.
         """
 
     @_abc_1.abstractmethod

@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvrelay.block_hash import BlockHasher
@@ -16,6 +16,8 @@ from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, K
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.borrowing import Borrower, PrefixSource
+from kvrelay.kv_transfer.collective_group import CollectiveConfig
+from kvrelay.kv_transfer.collectives import Collectives, usable_backends
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.disk_file import DiskFile
 from kvrelay.kv_transfer.disk_tier import DiskTier
@@ -25,6 +27,7 @@ from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, kv_transfer_pb2
 from kvrelay.worker.engine_calls import EngineCalls
@@ -44,8 +47,9 @@ class StoreConfig:
     size_bytes: int = 2 << 30
     max_granted_blocks: int = 64
     """Slots lent to the engine for blocks of generated tokens; an eighth of the store at most."""
-    share_memory: bool = True
-    """Whether workers on the same machine may map the store and copy from it."""
+    transport: KvTransport = KvTransport.AUTO
+    """Which ways blocks may take to other workers, and from them."""
+    collective: CollectiveConfig = field(default_factory=CollectiveConfig)
     compression: Compression = Compression.NONE
     """Of frames that leave; fp8 also says that they may come so."""
     transfer_hold_s: float = 60.0
@@ -73,7 +77,10 @@ class WorkerHost:
         """`on_broken` is told when the accounts of slots do not fit what happens to them: this must not go on."""
         self.info = info
         self.segment = segment
-        self.peers = Peers(info.layout, config.compression)
+        self.transport = config.transport
+        self.counters: Counter[str] = Counter()
+        self.collectives = Collectives(config=config.collective)
+        self.peers = Peers(info.layout, config.compression, collectives=self.collectives, counters=self.counters)
         self.tracing = tracing
         self.store = BlockStore(segment.num_slots, on_taken=segment.begin_generation)
         self.receiver = Receiver(
@@ -85,9 +92,8 @@ class WorkerHost:
             post=post_to_running_loop(on_broken),
         )
         self.local_segment: kv_transfer_pb2.LocalSegment | None = None
-        if config.share_memory:
+        if config.transport.shares_memory:
             self.local_segment = kv_transfer_pb2.LocalSegment(path=segment.path, proof=segment.proof)
-        self.counters: Counter[str] = Counter()
         self.disk: DiskTier | None = None
         self.borrower = Borrower(self.store, self.receiver, self.peers, info.layout)
         self.block_size = info.layout.block_size_tokens
@@ -315,11 +321,12 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
         async with asyncio.TaskGroup() as tasks:
             host = WorkerHost(engine, info, segment, config, tracing, on_broken)
             host.lender = Lender(host.store, segment, info.layout, host.peers, host.counters, tasks)
-            if config.share_memory:
+            if config.transport.shares_memory:
                 host.lender.local_segment = host.local_segment
             if file is not None:
                 host.disk = DiskTier(host.store, segment, file, host.counters)
                 stack.push_async_callback(host.disk.close)
+            host.collectives.backends = await asyncio.to_thread(usable_backends, config.transport)
             host.top_up_grants()
             loops = [
                 tasks.create_task(_fail_with(broken), name="kv-reports"),
@@ -332,5 +339,6 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             finally:
                 host.lender.close()
                 await host.peers.close()
+                await asyncio.to_thread(host.collectives.close)
                 for loop in loops:
                     loop.cancel()
