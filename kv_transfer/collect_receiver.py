@@ -35,20 +35,16 @@ def receive_runs(
 ) -> Iterator[tuple[FrameHeader, FrameAck.Status.ValueType]]:
     """What became of each run of one stream. The group ends with it, or earlier: then every run is LOST.
 
-    Raises `ValueError` for a stream that is none, and whatever `messages` does when the sender is gone.
+    Raises `GroupError` when there is no group, `ValueError` for a stream that is none, and `ConnectionError` or what
+    `messages` does when the sender is gone.
     """
     first = next(messages, None)
     if first is None:
         return
     if not first.HasField("group"):
         raise ValueError("the first message of a Collect stream names its group")
-    try:
-        with collectives.as_receiver(first.group) as group:
-            yield from _Incoming(messages, receiver, group).statuses()
-    except GroupError as error:
-        _log.warning("a sender's process group was not built", error=str(error))
-        for run in messages:
-            yield _header(run), FrameAck.STATUS_LOST
+    with collectives.as_receiver(first.group) as group:
+        yield from _Incoming(messages, receiver, group).statuses()
 
 
 class _Incoming:
@@ -70,7 +66,10 @@ class _Incoming:
         try:
             while (coming := self._coming.get()) is not None:
                 if isinstance(coming, BaseException):
-                    raise coming
+                    try:
+                        raise coming
+                    finally:
+                        del coming  # Or else it and its traceback would keep each other.
                 header = _header(coming.run)
                 status = self._finish(coming, header)
                 self._free.put(coming.staging)
@@ -79,11 +78,16 @@ class _Incoming:
             self._free.put(None)
             self._group.close()
             reader.join(_JOIN_S)
+            while not self._coming.empty():  # Receives that nobody waits for keep gloo's threads.
+                self._coming.get()
 
     def _read(self) -> None:
         """The thread that posts receives, until the stream ends."""
         try:
             for run in self._messages:
+                if run.is_last:
+                    self._coming.put(None)
+                    return
                 staging = self._free.get()
                 if staging is None:
                     return
@@ -92,10 +96,9 @@ class _Incoming:
                 if run.num_bytes > len(staging.host):
                     staging = self._group.staging(run.num_bytes)
                 self._coming.put(_Coming(run, staging, self._post(run, staging)))
-        except BaseException as error:  # gRPC's own, when the sender is gone: for the thread that serves the stream.
+            raise ConnectionError("the stream ended early")
+        except BaseException as error:  # gRPC's own among them: for the thread that serves the stream.
             self._coming.put(error)
-        else:
-            self._coming.put(None)
 
     def _post(self, run: CollectRun, staging: Staging) -> Transit | None:
         try:

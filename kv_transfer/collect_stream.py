@@ -113,8 +113,10 @@ class CollectStream:
             try:
                 for acks in call:
                     self._take(acks.acks)
+                if not self._finished.is_set():
+                    error = "the receiver ended the stream"
             except grpc.RpcError as broken:
-                error = f"the stream broke: {broken}"
+                error = f"the stream broke: {_reason(call, broken)}"
             self._break()
             self._finish(runs)
         self._post(self._end, error)
@@ -156,6 +158,7 @@ class CollectStream:
                 self._post(self._end, str(error))
         finally:
             self._finished.set()
+        yield CollectRun(is_last=True)
 
     def _send(self, group: Group) -> Generator[CollectRun, None, None]:
         free = deque(group.staging(RUN_BYTES) for _ in range(NUM_STAGINGS))
@@ -233,3 +236,7 @@ class CollectStream:
             left = list(self._unacknowledged.values())
             self._unacknowledged.clear()
             self._on_end(self, left, error)
+
+
+def _reason(call: grpc.Call, broken: grpc.RpcError) -> str:
+    return f"{call.code().name}: {call.details()}" if call.code() else str(broken)

@@ -121,6 +121,8 @@ class PushServer:
                 for header, status in receive_runs(messages, self._receiver, self._collectives):
                     self._note(transfer_ids, header.transfer_id)
                     yield self._tell([_ack(header, status)])
+            except ConnectionError as error:
+                context.abort(grpc.StatusCode.ABORTED, str(error))
             except ValueError as error:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 

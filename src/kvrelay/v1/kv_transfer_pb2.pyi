@@ -373,6 +373,7 @@ class CollectRun(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     num_blocks: _builtins.int
@@ -382,6 +383,10 @@ class CollectRun(_message.Message):
     """As a Frame's that does not ask for acks."""
     num_bytes: _builtins.int
     """What goes through the group for this run."""
+    is_last: _builtins.bool
+    """The stream's last message has nothing else. One that ends without it is broken: a connection that is lost can look
+    like a stream that was half-closed.
+    """
     @_builtins.property
     def group(self) -> Global___CollectiveGroup: ...
     def __init__(
@@ -395,10 +400,11 @@ class CollectRun(_message.Message):
         num_layers: _builtins.int = ...,
         checksum: _builtins.int = ...,
         num_bytes: _builtins.int = ...,
+        is_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "group", b"group", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "first_block", b"first_block", "first_layer", b"first_layer", "group", b"group", "is_last", b"is_last", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,7 @@ class KvTransferServicer(object):
     def Collect(self, request_iterator, context):
         """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
         as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
-        sender half-closes the stream, and what was not acknowledged goes by Push.
+        sender ends the stream in order, and what was not acknowledged goes by Push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

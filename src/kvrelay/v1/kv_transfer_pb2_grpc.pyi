@@ -56,7 +56,7 @@ class KvTransferStub:
     Collect: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.CollectRun, _kv_transfer_pb2.FrameAcks]
     """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
     as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
-    sender half-closes the stream, and what was not acknowledged goes by Push.
+    sender ends the stream in order, and what was not acknowledged goes by Push.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]
     Fetch: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]
@@ -92,7 +92,7 @@ class KvTransferAsyncStub(KvTransferStub):
     Collect: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.CollectRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
     """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
     as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
-    sender half-closes the stream, and what was not acknowledged goes by Push.
+    sender ends the stream in order, and what was not acknowledged goes by Push.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.CommitRequest, _kv_transfer_pb2.CommitResponse]  # type: ignore[assignment]
     Fetch: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.FetchRequest, _kv_transfer_pb2.FetchResponse]  # type: ignore[assignment]
@@ -149,7 +149,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
         """Like Push, but the bytes go through a process group of these two workers, in the order of the runs. The group lives
         as long as the stream. One that fails is over for both: the receiver answers LOST to every run from there on, the
-        sender half-closes the stream, and what was not acknowledged goes by Push.
+        sender ends the stream in order, and what was not acknowledged goes by Push.
         """
 
     @_abc_1.abstractmethod
