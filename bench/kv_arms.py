@@ -10,7 +10,7 @@ from bench.kv_side import BLOCKS, block_bytes
 
 BLOCK_BYTES = {name: block_bytes(shape) for name, shape in BLOCKS.items()}
 RAW_MESSAGE_BYTES = (256 << 10, 1 << 20, 4 << 20)
-OURS = ("grpc", "shm")
+OURS = ("grpc", "shm", "gloo_ours")
 """Transports of `kv_ours`."""
 
 _BOTH = tuple(BLOCK_BYTES.values())

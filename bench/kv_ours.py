@@ -5,6 +5,7 @@ Each block size is another layout, so it has a store and a server of its own.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer import receiver as kv_receiver
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.collectives import Collectives, usable_backends
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.segment import Segment, size_for
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 
 _TIMEOUT_S = 60.0
@@ -54,7 +57,10 @@ def new_segment(num_bytes: int, size: int) -> Segment:
 
 
 class OurSender(Sender):
-    """The blocks are ready when the push begins. `transport`: grpc, or shm when the receiver may map our memory."""
+    """The blocks are ready when the push begins.
+
+    `transport`: grpc, shm when the receiver may map our memory, or gloo_ours for a process group, made before.
+    """
 
     def __init__(self, num_bytes: int, transport: str) -> None:
         super().__init__(new_memory(0, random=False))
@@ -69,7 +75,7 @@ class OurSender(Sender):
         self._loop.run(self._open())
 
     async def _open(self) -> None:
-        self._peers = Peers(_layout(LATENCY_BYTES))
+        self._peers = Peers(_layout(LATENCY_BYTES), collectives=_collectives(self._transport))
 
     def prepare(self, job: Job) -> None:
         if job.block_bytes not in self._stores:
@@ -81,6 +87,17 @@ class OurSender(Sender):
                 store.commit(slot, _name(0, 0, slot))
             self._stores[job.block_bytes] = segment, store
         self.memory = np.frombuffer(self._stores[job.block_bytes][0].slots, np.uint8)
+        if self._transport == "gloo_ours":
+            self._loop.run(self._meet(job.block_bytes))
+
+    async def _meet(self, size: int) -> None:
+        """Offer a block that does not come: the group is made meanwhile."""
+        peer = self._peers.get(self._addresses[str(size)])
+        offer = kv_transfer_pb2.OfferRequest(request_id="meet", layout=_layout(size), block_hashes=b"\xff" * 16)
+        await peer.commit((await peer.offer(offer)).transfer_id)
+        async with asyncio.timeout(_TIMEOUT_S):
+            while not peer.collecting.is_ready:  # noqa: ASYNC110 - not measured
+                await asyncio.sleep(0.01)
 
     def send(self, job: Job) -> list[float]:
         return self._loop.run(self._send(job))
@@ -105,6 +122,8 @@ class OurSender(Sender):
             push.finish()
             result = await push.run()
             seconds.append(time.perf_counter() - began)
+            if self._transport == "gloo_ours" and result.transport != "gloo":
+                raise ConnectionError(f"blocks went by {result.transport}")
             if result.error or result.num_blocks != job.num_blocks:
                 raise ConnectionError(f"{result.num_blocks} blocks arrived of {job.num_blocks}; {result.error}")
         return seconds
@@ -116,13 +135,14 @@ class OurReceiver(Receiver):
     def __init__(self, num_bytes: int, transport: str) -> None:
         super().__init__(new_memory(0, random=False))
         self._num_bytes = num_bytes
+        self._transport = transport
         self._sides: dict[int, ReceivingSide] = {}
         self._loop = BackgroundLoop()
         self._loop.run(self._serve())
 
     async def _serve(self) -> None:
         for size in _SHAPES:
-            self._sides[size] = side = ReceivingSide(self._num_bytes, size)
+            self._sides[size] = side = ReceivingSide(self._num_bytes, size, _collectives(self._transport))
             await side.serve()
 
     def contact(self) -> str:
@@ -150,7 +170,8 @@ class OurReceiver(Receiver):
 class ReceivingSide:
     """What a worker receives with: store, receiver, servers. All in the running event loop."""
 
-    def __init__(self, num_bytes: int, size: int) -> None:
+    def __init__(self, num_bytes: int, size: int, collectives: Collectives) -> None:
+        self._collectives = collectives
         self.segment = new_segment(num_bytes, size)
         np.frombuffer(self.segment.slots, np.uint8)[:] = 0
         self.store = BlockStore(self.segment.num_slots, on_taken=self.segment.begin_generation)
@@ -160,12 +181,18 @@ class ReceivingSide:
         self.address = ""
 
     async def serve(self) -> None:
-        self._push_server = PushServer(self.receiver)
+        self._push_server = PushServer(self.receiver, self._collectives)
         push_port = self._push_server.start("127.0.0.1:0")
         self._server = grpc.aio.server(options=server_options())
-        add_to_server(KvTransferService(self.receiver, f"127.0.0.1:{push_port}", lambda _: 0), self._server)
+        self._collectives.listen("127.0.0.1", "127.0.0.1")
+        service = KvTransferService(self.receiver, f"127.0.0.1:{push_port}", lambda _: 0, collectives=self._collectives)
+        add_to_server(service, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()
+
+
+def _collectives(transport: str) -> Collectives:
+    return Collectives(usable_backends(KvTransport.COLLECTIVE) if transport == "gloo_ours" else ())
 
 
 def _request_id(job: Job, repetition: int) -> str:

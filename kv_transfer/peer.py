@@ -13,12 +13,13 @@ import grpc
 
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.collecting import Collecting
+from kvrelay.kv_transfer.collective_group import RUN_BYTES
 from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.frame_order import FrameOrder
 from kvrelay.kv_transfer.link_coder import LinkCoder
 from kvrelay.kv_transfer.push_stream import AckHandler, PushStreams
-from kvrelay.kv_transfer.wire import SERVICE
+from kvrelay.kv_transfer.wire import FRAME_BYTES, SERVICE
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 
 DEFAULT_STREAMS = 2
@@ -131,6 +132,10 @@ class Peer:
     @property
     def num_transfers(self) -> int:
         return len(self._listeners)
+
+    def frame_bytes(self, want: kv_transfer_pb2.Want) -> int:
+        """Of how many bytes an order is best."""
+        return RUN_BYTES if self.collecting.takes(want) else FRAME_BYTES
 
     def send(self, want: kv_transfer_pb2.Want, order: FrameOrder) -> None:
         """Have it sent the way that the answer to the offer says."""

@@ -13,7 +13,6 @@ from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.frame_order import FrameOrder, LocalOrder, cut
 from kvrelay.kv_transfer.peer import Peer, PeerError
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.wire import FRAME_BYTES
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
@@ -155,7 +154,9 @@ class Push:
         return parts, True
 
     def _send(self, want: kv_transfer_pb2.Want, parts: Sequence[BlockPart]) -> None:
-        make, joined_bytes = (LocalOrder, _LOCAL_RUN_BYTES) if want.local else (FrameOrder, FRAME_BYTES)
+        make, joined_bytes = (
+            (LocalOrder, _LOCAL_RUN_BYTES) if want.local else (FrameOrder, self._peer.frame_bytes(want))
+        )
         encode = partial(self._peer.coder.encode, frozenset(want.encodings))
         for run in cut(parts, self._layer_bytes, joined_bytes=joined_bytes):
             order = make(self._segment, self._layer_bytes, want.transfer_id, run, encode)

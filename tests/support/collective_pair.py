@@ -133,6 +133,6 @@ def group_threads() -> list[str]:
     """Threads of groups, gloo's own included."""
     names = [thread.name for thread in threading.enumerate()]
     for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             names.append(Path(f"/proc/self/task/{task}/comm").read_text().strip())
     return [name for name in names if name.startswith(_THREADS)]

@@ -19,6 +19,7 @@ from kvrelay.grpc_options import server_options
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2_grpc
@@ -49,10 +50,16 @@ class SimulatedCluster:
 
 @contextlib.asynccontextmanager
 async def simulated_worker(
-    worker_id: str, role: cluster_pb2.Role.ValueType, model: str, config: SimulatedConfig, tracing: Tracing
+    worker_id: str,
+    role: cluster_pb2.Role.ValueType,
+    model: str,
+    config: SimulatedConfig,
+    tracing: Tracing,
+    transport: KvTransport = KvTransport.AUTO,
 ) -> AsyncIterator[SimulatedWorker]:
     """Host, roles and gRPC server of one worker, without a record in etcd."""
-    async with open_host(SimulatedEngine(config), StoreConfig(size_bytes=16 << 20), tracing) as host:
+    store = StoreConfig(size_bytes=16 << 20, transport=transport)
+    async with open_host(SimulatedEngine(config), store, tracing) as host:
         server = grpc.aio.server(options=server_options())
         info = cluster_pb2.WorkerInfo(
             worker_id=worker_id,
@@ -97,13 +104,14 @@ async def simulated_cluster(
     *,
     config: SimulatedConfig | None = None,
     tracing: Tracing | None = None,
+    transport: KvTransport = KvTransport.AUTO,
 ) -> AsyncIterator[SimulatedCluster]:
     config = config or SimulatedConfig(time_scale=0.05)
     tracing = tracing or Tracing()
     async with contextlib.AsyncExitStack() as stack:
         workers = [
             await stack.enter_async_context(
-                simulated_worker(f"w{index}", role, front_end.served_model_name, config, tracing)
+                simulated_worker(f"w{index}", role, front_end.served_model_name, config, tracing, transport)
             )
             for index, role in enumerate(roles)
         ]

@@ -60,6 +60,7 @@ async def test_one_request_is_one_tree_below_the_callers_span(
     for child in ("schedule", "prefill", "decode"):
         assert by_name[child].parent_id == by_name["gateway"].span_id
     assert by_name["kv.push"].parent_id == by_name["prefill"].span_id
+    assert by_name["kv.push"].attributes["kv.transport"] == "shm"
 
 
 async def test_failed_request_ends_its_spans_with_an_error(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,8 +82,22 @@ def test_the_frame_holds_the_layers_of_its_slots(segment: Segment) -> None:
     assert (order.key, order.num_bytes) == ((5, 1), 64)
 
 
+def test_what_is_gathered_is_what_a_frame_holds(segment: Segment) -> None:
+    order = FrameOrder(segment, 16, 9, [BlockPart(5, 2, 1, 2), BlockPart(6, 0, 1, 2), BlockPart(7, 3, 1, 2)])
+    memory = np.zeros(order.num_bytes + 5, np.uint8)
+    gathered = order.gather(memory)
+    frame = order.encode(ack_now=False)
+    assert frame is not None
+    header, payload = decode_frame(frame)
+    assert (gathered, memory[: order.num_bytes].tobytes()) == (header, bytes(payload))
+    assert not memory[order.num_bytes :].any()
+    assert order.was_sent
+
+
 def test_what_was_dropped_is_not_read(segment: Segment) -> None:
     order = FrameOrder(segment, 16, 9, [BlockPart(5, 2, 0, LAYERS)])
     order.drop()
     order.drop()
     assert order.encode(ack_now=True) is None
+    assert order.gather(np.zeros(order.num_bytes, np.uint8)) is None
+    assert not order.was_sent

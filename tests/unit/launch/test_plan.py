@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.launch.announcement import announcement, curl_line
 from kvrelay.launch.devices import Devices
 from kvrelay.launch.display import how_ended
@@ -76,6 +77,13 @@ def test_workers_are_told_of_room_on_disk_where_there_is_any() -> None:
     with_disk = [name for name, spec in specs.items() if "--kv-disk-bytes" in spec.arguments]
     assert with_disk == ["prefill-0", "decode-0", "decode-1"]
     assert f"--kv-disk-bytes {1 << 30} --kv-disk-path /ssd -- --dtype" in shlex.join(specs["decode-1"].arguments)
+
+
+def test_workers_are_told_of_a_transport_that_is_chosen() -> None:
+    assert not any("--kv-transport" in spec.arguments for spec in _specs().values())
+    specs = _specs(dataclasses.replace(CONFIG, kv_transport=KvTransport.COLLECTIVE))
+    told = [name for name, spec in specs.items() if "--kv-transport collective" in shlex.join(spec.arguments)]
+    assert told == ["prefill-0", "decode-0", "decode-1"]
 
 
 def test_the_coordinator_hears_of_engine_options_that_concern_it() -> None:
