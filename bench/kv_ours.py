@@ -116,7 +116,7 @@ class OurSender(Sender):
                 offer.local.path, offer.local.proof = segment.path, segment.proof
             store.pin(range(job.num_blocks))
             began = time.perf_counter()
-            push = Push(peer, segment, offer, store)
+            push = Push(lambda: peer, segment, offer, store)
             for block in range(job.num_blocks):
                 push.add(BlockPart(block, block, 0, offer.layout.num_layers))
             push.finish()

@@ -51,7 +51,7 @@ class Lender:
     def lend(self, request: kv_transfer_pb2.FetchRequest) -> int:
         """Begin to push the prefix that the store has; returns of how many blocks it is.
 
-        Raises `OfferError` for hashes and layouts that do not fit, and `BusyError`.
+        Raises `OfferError` for what does not fit, `PeerError` for an address that is none, and `BusyError`.
         """
         check_layout(request.layout, self._layout)
         slots = self._store.match(split_hashes(request.block_hashes))
@@ -66,7 +66,8 @@ class Lender:
             trace=request.trace,
             local=self.local_segment,
         )
-        push = Push(self._peers.get(request.address), self._segment, offer, self._store)
+        peer = self._peers.get(request.address)
+        push = Push(lambda: peer, self._segment, offer, self._store)
         self._store.pin(slots)
         for block, slot in enumerate(slots):
             push.add(BlockPart(block, slot, 0, self._layout.num_layers))
@@ -81,6 +82,9 @@ class Lender:
             result = await push.run()
         except LayoutRefusedError as error:
             _log.warning("loan refused", address=address, error=str(error))
+            return
+        except Exception:  # The boundary: what one peer answers must not end the worker.
+            _log.exception("loan failed", address=address)
             return
         self._counters["blocks_lent"] += result.num_blocks
         if result.error:

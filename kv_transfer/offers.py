@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvrelay.v1 import cluster_pb2
 
 HASH_BYTES = 16
-MAX_OFFERED_BLOCKS = 1 << 20
+MAX_OFFERED_BLOCKS = 1 << 16
 
 
 class OfferError(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -18,7 +19,7 @@ from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.frame_order import FrameOrder
 from kvrelay.kv_transfer.link_coder import LinkCoder
-from kvrelay.kv_transfer.push_stream import AckHandler, PushStreams
+from kvrelay.kv_transfer.push_stream import AckHandler, PushStreams, ignore_sent
 from kvrelay.kv_transfer.wire import FRAME_BYTES, SERVICE
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 
@@ -28,6 +29,9 @@ DEFAULT_STREAMS = 2
 _RPC_TIMEOUT_S = 10.0
 _IDLE_S = 300.0
 
+
+_ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
+"""What a peer may name to be dialled: no other scheme of gRPC's."""
 
 _Way = tuple[str, str]
 """Push address and method: what streams are for."""
@@ -88,6 +92,7 @@ class Peer:
         )
         self._streams: dict[_Way, PushStreams] = {}
         self._listeners: dict[int, _Listener] = {}
+        self._ack_s = time.monotonic()
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
         """Raises `PeerError` and `LayoutRefusedError`."""
@@ -99,8 +104,11 @@ class Peer:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LayoutRefusedError(error.details()) from error
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
+        if not _ADDRESS.fullmatch(want.push_address):
+            raise PeerError(f"{self.address} names {want.push_address!r} for its blocks, which is not host:port")
         for way in [way for way in self._streams if way[0] != want.push_address]:
-            await self._streams.pop(way).close()
+            if streams := self._streams.pop(way, None):  # Another offer may have come first.
+                await streams.close()
         await self.collecting.follow(want)
         return want
 
@@ -112,6 +120,10 @@ class Peer:
             raise PeerError(f"commit to {self.address}: {error.code().name}: {error.details()}") from error
         return reply.num_missing_blocks
 
+    def commit_soon(self, transfer_id: int) -> None:
+        """Like `commit`, for a caller that must not wait; nobody learns whether it arrives."""
+        self._commit(kv_transfer_pb2.CommitRequest(transfer_id=transfer_id), timeout=_RPC_TIMEOUT_S)
+
     async def fetch(self, request: kv_transfer_pb2.FetchRequest) -> int:
         """Ask for a prefix; returns how many blocks of it are coming. Raises `PeerError`."""
         try:
@@ -122,7 +134,12 @@ class Peer:
 
     @contextlib.contextmanager
     def acks(self, want: kv_transfer_pb2.Want, handler: AckHandler) -> Iterator[Collection[str]]:
-        """Within it `handler` gets the transfer's acks; gives the names of the transports used so far."""
+        """Within it `handler` gets the transfer's acks; gives the names of the transports used so far.
+
+        Raises `PeerError` for an id that the peer has given to another transfer.
+        """
+        if want.transfer_id in self._listeners:
+            raise PeerError(f"{self.address} gave two transfers the id {want.transfer_id}")
         listener = self._listeners[want.transfer_id] = _Listener(handler)
         try:
             yield listener.transports.keys()
@@ -150,8 +167,9 @@ class Peer:
         listener = self._note(want, order, "shm" if want.local else "grpc")
         if listener is not None:
             listener.ways.add(way)
+        on_sent = ignore_sent if want.local else self.coder.sent
         if way not in self._streams:
-            self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way), self.coder.sent)
+            self._streams[way] = PushStreams(*way, self._num_streams, partial(self._on_ack, way), on_sent)
         self._streams[way].put(order)
 
     def _note(self, want: kv_transfer_pb2.Want, order: FrameOrder, transport: str) -> _Listener | None:
@@ -169,7 +187,13 @@ class Peer:
             if way in listener.ways:
                 listener.handler(None)
 
+    @property
+    def quiet_s(self) -> float:
+        """How long no ack has come, of any transfer."""
+        return time.monotonic() - self._ack_s
+
     def _hand_on(self, ack: kv_transfer_pb2.FrameAck) -> None:
+        self._ack_s = time.monotonic()
         listener = self._listeners.get(ack.transfer_id)
         if listener is not None:
             listener.handler(ack)
@@ -205,7 +229,9 @@ class Peers:
         self._used_s: dict[str, float] = {}
 
     def get(self, address: str) -> Peer:
-        """The peer at `host:port`."""
+        """The peer at `host:port`. Raises `PeerError` for an address that is none."""
+        if not _ADDRESS.fullmatch(address):
+            raise PeerError(f"{address!r} is not host:port")
         self._used_s[address] = self._clock()
         if address not in self._peers:
             self._peers[address] = Peer(
@@ -221,7 +247,7 @@ class Peers:
         """Close what nobody has used for a while: workers come and go, and each comes at another address."""
         latest_s = self._clock() - _IDLE_S
         for address, peer in list(self._peers.items()):
-            if not peer.num_transfers and self._used_s[address] < latest_s:
+            if not peer.num_transfers and self._used_s.get(address, latest_s) < latest_s:
                 await self._close(address)
 
     async def close(self) -> None:

@@ -30,6 +30,14 @@ _ASK = encode_frame(FrameHeader(0, 0, 0, 0, 0, ack_now=1), ())
 _JOIN_S = 2.0
 
 
+SentHandler = Callable[[int, float], None]
+"""Bytes of a message, and for how many seconds it kept gRPC busy."""
+
+
+def ignore_sent(_num_bytes: int, _seconds: float) -> None:
+    """A `SentHandler` for who does not ask."""
+
+
 class Outgoing(Protocol):
     """Something to send."""
 
@@ -54,7 +62,7 @@ class PushStreams:
         method: str,
         num_streams: int,
         on_ack: AckHandler,
-        on_sent: Callable[[int, float], None] = lambda _num_bytes, _seconds: None,
+        on_sent: SentHandler = ignore_sent,
     ) -> None:
         """`method`: "Push" or "Copy"; the orders fit it. `on_ack` is called in the event loop that runs now.
 
@@ -131,7 +139,7 @@ class _Stream:
         self,
         orders: queue.SimpleQueue[Outgoing | None],
         first: Outgoing,
-        on_sent: Callable[[int, float], None],
+        on_sent: SentHandler,
         *,
         must_ask: bool,
     ) -> None:
@@ -153,10 +161,13 @@ class _Stream:
                 began = time.monotonic()
                 yield frame
                 self._on_sent(len(frame), time.monotonic() - began)
-            if self._must_ask and self._orders.empty() and (self._unasked_bytes or frame is None):
-                self._unasked_bytes = 0
-                yield _ASK
-            order = self._next()
+            try:
+                order = self._mine(self._orders.get_nowait())
+            except queue.Empty:  # Another stream may have taken what was queued behind.
+                if self._must_ask and (self._unasked_bytes or frame is None):
+                    self._unasked_bytes = 0
+                    yield _ASK
+                order = self._next()
 
     def _asks(self, order: Outgoing) -> bool:
         now = time.monotonic()
@@ -176,8 +187,12 @@ class _Stream:
             except queue.Empty:
                 waited_s += _POLL_S
                 continue
-            if self.over or order is None:  # Not ours: for a stream that lives, or for the thread.
-                self._orders.put(order)
-                return None
-            return order
+            return self._mine(order)
         return None
+
+    def _mine(self, order: Outgoing | None) -> Outgoing | None:
+        """The order; None, with the order given back, when it is for a stream that lives or for the thread."""
+        if self.over or order is None:
+            self._orders.put(order)
+            return None
+        return order

@@ -199,7 +199,7 @@ class Receiver:
         bits = ((1 << header.num_layers) - 1) << header.first_layer
         for index in written:
             self._complete(transfer, index, bits)
-        transfer.received_bytes += self._num_bytes(header)
+        transfer.received_bytes += len(written) * header.num_layers * self._layer_bytes
         transfer.last_frame_unix_ns = unix_ns
         transfer.deadline_s = self._clock() + self._hold_s
         if not transfer.slots:
@@ -239,11 +239,11 @@ class Receiver:
 
     def commit(self, transfer_id: int) -> int:
         """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""
-        self._follow()
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             return 0
         transfer.landing.close()
+        self._follow()
         num_missing = len(transfer.slots)
         self._store.release(transfer.slots.values())
         transfer.slots.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,8 +51,15 @@ class Push:
     it, or when the push is over. A push never fails its request: what does not arrive is computed by the peer.
     """
 
-    def __init__(self, peer: Peer, segment: Segment, offer: kv_transfer_pb2.OfferRequest, store: BlockStore) -> None:
-        self._peer = peer
+    def __init__(
+        self,
+        find_peer: Callable[[], Peer],
+        segment: Segment,
+        offer: kv_transfer_pb2.OfferRequest,
+        store: BlockStore,
+    ) -> None:
+        """`find_peer` is called when the push runs: until then its peer may be closed for being idle."""
+        self._find_peer = find_peer
         self._segment = segment
         self._offer = offer
         self._store = store
@@ -106,20 +113,30 @@ class Push:
                 self._store.unpin([part.slot])
 
     async def _run(self) -> None:
+        self._peer = self._find_peer()
         want = await self._peer.offer(self._offer)
         wanted = frozenset(want.blocks)
         self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
         with self._peer.acks(want, partial(self._on_ack, want)) as used:
-            finished = False
-            while not (finished or self._over):
-                parts, finished = await self._next_parts()
-                self._send(want, [part for part in parts if part.block in wanted])
-                self._store.unpin([part.slot for part in parts])
-            await self._all_acknowledged(want)
+            try:
+                await self._send_all(want, wanted)
+            except BaseException:
+                self._peer.commit_soon(want.transfer_id)
+                raise
             self.result.transport = "+".join(used)
-        self._drop_orders()  # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
-        # Also after a failure: the peer need not wait any longer.
-        self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
+            self._drop_orders()  # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
+            # Also after a failure: the peer need not wait any longer.
+            self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
+
+    async def _send_all(self, want: kv_transfer_pb2.Want, wanted: Collection[int]) -> None:
+        finished = False
+        while not (finished or self._over):
+            parts, finished = await self._next_parts()
+            try:
+                self._send(want, [part for part in parts if part.block in wanted])
+            finally:
+                self._store.unpin([part.slot for part in parts])
+        await self._all_acknowledged(want)
 
     async def _all_acknowledged(self, want: kv_transfer_pb2.Want) -> None:
         quiet_s = 0.0
@@ -131,8 +148,10 @@ class Push:
                 quiet_s = 0.0
             except TimeoutError:
                 quiet_s += _RESEND_S
-                if quiet_s >= _GIVE_UP_S:
+                # Acks of other pushes say that ours wait behind them.
+                if min(quiet_s, self._peer.quiet_s) >= _GIVE_UP_S:
                     self._end(f"{self._peer.address} took nothing for {_GIVE_UP_S:.0f} s")
+                    return
                 self._resend([order for order in self._orders.values() if order.was_sent], want)
 
     def _resend(self, orders: Iterable[FrameOrder], want: kv_transfer_pb2.Want) -> None:
@@ -185,7 +204,8 @@ class Push:
         elif ack.status == FrameAck.STATUS_CORRUPT and not order.was_resent:
             self._resend([order], want)
         else:
-            self._end(f"{self._peer.address} answered {FrameAck.Status.Name(ack.status)}")
+            names = {value: name for name, value in FrameAck.Status.items()}
+            self._end(f"{self._peer.address} answered {names.get(ack.status, ack.status)}")
         self._progress.set()
 
     def _settle(self, key: tuple[int, int]) -> None:

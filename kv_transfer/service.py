@@ -10,6 +10,7 @@ import grpc
 from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.lending import BusyError
 from kvrelay.kv_transfer.offers import LayoutMismatchError, OfferError
+from kvrelay.kv_transfer.peer import PeerError
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.wire import SERVICE
 from kvrelay.v1 import kv_transfer_pb2
@@ -74,7 +75,7 @@ class KvTransferService:
             num_blocks = self._lend(request)
         except LayoutMismatchError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except OfferError as error:
+        except (OfferError, PeerError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except BusyError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import structlog
 
@@ -76,7 +77,7 @@ class PrefillRole:
             trace=span.context,
             local=host.local_segment,
         )
-        return Push(host.peers.get(request.decode_address), host.segment, offer, host.store)
+        return Push(partial(host.peers.get, request.decode_address), host.segment, offer, host.store)
 
     async def _run_push(self, push: Push, submission: Submission, span: Span) -> None:
         """Blocks of a prompt that waits for the engine take no room of the decode worker's store yet."""

@@ -24,6 +24,7 @@ from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.segment import size_for
 from kvrelay.kv_transfer.service import KvTransferService, add_to_server
+from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2, worker_pb2_grpc
@@ -93,7 +94,9 @@ class FaultyWorker:
 
 @contextlib.asynccontextmanager
 async def _faulty_worker(worker_id: str, proxy: Proxy, compression: Compression) -> AsyncIterator[FaultyWorker]:
-    store = StoreConfig(size_bytes=size_for(NUM_SLOTS, CONFIG.block_bytes), share_memory=False, compression=compression)
+    store = StoreConfig(
+        size_bytes=size_for(NUM_SLOTS, CONFIG.block_bytes), transport=KvTransport.GRPC, compression=compression
+    )
     async with contextlib.AsyncExitStack() as stack:
         host = await stack.enter_async_context(open_host(SimulatedEngine(CONFIG), store, Tracing()))
         push_server = PushServer(host.receiver)

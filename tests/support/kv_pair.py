@@ -115,7 +115,7 @@ def push_of(sender: Side, peer: Peer, request_id: str, numbers: Sequence[int], *
     )
     if local:
         offer.local.path, offer.local.proof = sender.segment.path, sender.segment.proof
-    return Push(peer, sender.segment, offer, sender.store)
+    return Push(lambda: peer, sender.segment, offer, sender.store)
 
 
 def whole(block: int, slot: int) -> BlockPart:
