@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bench.report import Report, parser, spread
@@ -47,7 +48,7 @@ class Tier:
 
         self._checksums.clear()
         for number in range(self._num_blocks):
-            self._access.write(number, number, lambda checksum, number=number: done(number, checksum))
+            self._access.write(number, number, partial(done, number))
         await all_done.wait()
 
     async def read(self) -> None:

@@ -21,6 +21,7 @@ from kvrelay.kv_transfer import receiver as kv_receiver
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.collectives import Collectives, usable_backends
+from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.push_server import PushServer
@@ -176,7 +177,7 @@ class ReceivingSide:
         np.frombuffer(self.segment.slots, np.uint8)[:] = 0
         self.store = BlockStore(self.segment.num_slots, on_taken=self.segment.begin_generation)
         self.receiver = kv_receiver.Receiver(
-            self.store, self.segment, _layout(size), post=post_to_running_loop(raise_in_loop)
+            self.store, self.segment, FrameDecoder(_layout(size), ()), post=post_to_running_loop(raise_in_loop)
         )
         self.address = ""
 

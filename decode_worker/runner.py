@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvrelay.kv_transfer.receiver import Transfer
+from kvrelay.kv_transfer.transfer import Transfer
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.prefix_source import source_of

@@ -15,7 +15,7 @@ class FrameDecoder:
     """Of one receiver. Any thread."""
 
     def __init__(self, layout: KvLayout, encodings: Sequence[Encoding]) -> None:
-        self._layout = layout
+        self.layout = layout
         self._encodings = {encoding.value: encoding for encoding in encodings}
 
     @property
@@ -33,7 +33,7 @@ class FrameDecoder:
         encoding = self._encodings.get(header.encoding)
         if encoding is None:
             raise EncodingError(f"frames are coded in the way {header.encoding}, which was not agreed")
-        shape = PartShape.of(self._layout, header.num_layers)
+        shape = PartShape.of(self.layout, header.num_layers)
         blocks = memoryview(bytearray(header.num_blocks * shape.num_bytes))
         size = shape.num_bytes
         decode(encoding, shape, payload, [blocks[i * size : (i + 1) * size] for i in range(header.num_blocks)])

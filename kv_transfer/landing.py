@@ -16,6 +16,10 @@ _COLD_PIECE_BYTES = 512 << 10
 measured to be slower by a fifth. What was just received is in the cache; there a large copy is faster by a third."""
 
 
+LandedHandler = Callable[[Sequence[int], int, bool], None]
+"""Indices of blocks, bit set of their layers that landed, and whether nothing is missing now."""
+
+
 class LandingClosedError(RuntimeError):
     """The transfer is over: nothing lands any more."""
 
@@ -31,9 +35,14 @@ class Landing:
     is written, so the slots may be given to somebody else.
     """
 
-    def __init__(self, segment: Segment, slots: Mapping[int, int], layer_bytes: int) -> None:
-        """`slots`: by index of the block; `layer_bytes`: of one block in one layer."""
+    def __init__(self, segment: Segment, slots: Mapping[int, int], layer_bytes: int, on_landed: LandedHandler) -> None:
+        """`slots`: by index of the block; `layer_bytes`: of one block in one layer.
+
+        `on_landed` is called by the thread that wrote, and `close` waits for it too.
+        """
         self._segment = segment
+        self._on_landed = on_landed
+        self._num_missing_bytes = len(slots) * segment.slot_bytes
         self._slots = slots
         self._layer_bytes = layer_bytes
         self._claimed: dict[int, int] = {}
@@ -67,6 +76,8 @@ class Landing:
             for target, source in self._pairs(first_block, frozenset(claims), runs, offset, size):
                 _copy(target, source, len(source) if still_valid is None else _COLD_PIECE_BYTES)
             valid = still_valid is None or still_valid()
+            if valid and claims:
+                self._on_landed(claims, bits, self._count(len(claims) * size))
         finally:
             with self._changed:
                 if not valid:
@@ -75,6 +86,12 @@ class Landing:
                 self._writers -= 1
                 self._changed.notify_all()
         return claims if valid else None
+
+    def _count(self, num_bytes: int) -> bool:
+        """Whether nothing is missing after these."""
+        with self._changed:
+            self._num_missing_bytes -= num_bytes
+            return not self._num_missing_bytes
 
     def _pairs(
         self, block: int, claims: Collection[int], runs: Sequence[Buffer], offset: int, size: int

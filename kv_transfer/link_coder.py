@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 
+from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.encoding import Encoding, encode, supports
 from kvrelay.kv_transfer.encoding_choice import EncodingMeter
@@ -30,6 +31,17 @@ def accepted(compression: Compression, layout: KvLayout) -> list[Encoding]:
     """What a receiver takes: everything without loss, and what loses something only if it is told to."""
     encodings = [Encoding.LOSSLESS, Encoding.FP8] if compression is Compression.FP8 else [Encoding.LOSSLESS]
     return [encoding for encoding in encodings if supports(encoding, layout)]
+
+
+def named_layout(compression: Compression, layout: KvLayout) -> KvLayout:
+    """The layout of a worker's blocks: those that went through fp8 must not pass for exact ones anywhere."""
+    if Encoding.FP8 not in accepted(compression, layout):
+        return layout
+    named = KvLayout()
+    named.CopyFrom(layout)
+    named.format += "+fp8"
+    named.fingerprint = layout_fingerprint(named)
+    return named
 
 
 class LinkCoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -72,3 +72,16 @@ class Neighbours:
     def _forget(self, proof: bytes) -> None:
         """Unmapped as soon as no thread copies from it any more: with the last reference."""
         del self._used_s[proof], self._segments[proof]
+
+
+def views_of(source: Segment, slots: Sequence[int], offset: int, size: int) -> list[memoryview]:
+    """Of `size` bytes from `offset` of each slot; whole slots that follow each other are joined."""
+    views = []
+    first = 0
+    while first < len(slots):
+        end = first + 1
+        while size == source.slot_bytes and end < len(slots) and slots[end] == slots[end - 1] + 1:
+            end += 1
+        views.append(source.run_view(slots[first], offset, (end - first) * size))
+        first = end
+    return views

@@ -21,7 +21,7 @@ def check_layout(theirs: cluster_pb2.KvLayout, ours: cluster_pb2.KvLayout) -> No
     if theirs.fingerprint != ours.fingerprint:
         raise LayoutMismatchError(
             f"the KV caches differ: sender [{describe_layout(theirs)}], receiver [{describe_layout(ours)}];"
-            " start both workers with the same model, dtype and block size"
+            " start both workers with the same model, dtype, block size and --kv-compression"
         )
 
 

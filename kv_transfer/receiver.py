@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from kvrelay.kv_transfer.block_store import BlockStore
-from kvrelay.kv_transfer.encoding import Encoding
 from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
-from kvrelay.kv_transfer.neighbours import Neighbours
+from kvrelay.kv_transfer.neighbours import Neighbours, views_of
 from kvrelay.kv_transfer.offers import check_layout, split_hashes
 from kvrelay.kv_transfer.part_shape import EncodingError
 from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.wire import FrameHeader, checksum
+from kvrelay.kv_transfer.transfer import Transfer
+from kvrelay.kv_transfer.waiters import Waiters
+from kvrelay.kv_transfer.wire import MAX_PAYLOAD_BYTES, FrameHeader, checksum
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
 _MAX_REMEMBERED = 1 << 14
 """Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
+_MAX_TRANSFERS = 1 << 12
+"""Open at a time. Each remembers up to 1 MiB of hashes."""
 
 
-@dataclass(slots=True)
-class Transfer:
-    """One reservation: the wanted blocks of one offer. Its id is its epoch, never used again."""
+class Reservation(NamedTuple):
+    """The answer to an offer."""
 
     transfer_id: int
-    request_id: str
-    hashes: Sequence[bytes]
-    deadline_s: float
-    source: bytes
-    """The proof of the sender's segment, if that is on this machine."""
-    landing: Landing
-    slots: dict[int, int]
-    """Reserved slots of the blocks that are not complete, by index in the offer."""
-    layers: dict[int, int] = field(default_factory=dict)
-    """Bit set of the layers that arrived, by index of the block."""
-    pinned: list[int] = field(default_factory=list)
-    """Ready slots held for the request, in the offer's order as they came."""
-    settled: bool = False
-    """Whether no more is coming."""
-    received_bytes: int = 0
-    received_blocks: int = 0
-    last_frame_unix_ns: int = 0
+    blocks: list[int]
+    """Indices into the offer of those that are wanted."""
+    reason: str
+    """Why fewer than are missing; empty otherwise."""
 
 
 def _at_once(callback: Callable[..., object], *args: Any) -> None:
@@ -68,30 +56,29 @@ class Receiver:
         self,
         store: BlockStore,
         segment: Segment,
-        layout: cluster_pb2.KvLayout,
+        decoder: FrameDecoder,
         *,
         hold_s: float = 60.0,
-        encodings: Sequence[Encoding] = (),
         clock: Callable[[], float] = time.monotonic,
         post: Post = _at_once,
     ) -> None:
-        """`encodings`: what frames may be coded as. `post`: how threads reach the event loop; at once in one thread."""
+        """`decoder`: of frames of the segment's layout. `post`: how threads reach the event loop, or at once."""
         self._store = store
         self._segment = segment
-        self._layout = layout
-        self._layer_bytes = segment.slot_bytes // layout.num_layers
+        self._layout = decoder.layout
+        self._layer_bytes = segment.slot_bytes // decoder.layout.num_layers
+        self._max_frame_bytes = max(MAX_PAYLOAD_BYTES, self._layer_bytes)
         self._hold_s = hold_s
         self._clock = clock
         self._post = post
         self._transfers: dict[int, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
-        self._waiters: dict[str, list[asyncio.Event]] = {}
+        self._waiters = Waiters()
         self._over: OrderedDict[str, None] = OrderedDict()
-        self._decoder = FrameDecoder(layout, encodings)
+        self._decoder = decoder
         self.neighbours = Neighbours(clock=clock)
-        self._arrived: deque[tuple[FrameHeader, Sequence[int], int]] = deque()
-        """What threads have placed and the event loop has not followed."""
-        self._all_layers = (1 << layout.num_layers) - 1
+        self._arrived: deque[tuple[int, Sequence[int], int, int]] = deque()
+        """What threads have placed and the event loop has not followed: transfer, blocks, bit set of layers, time."""
 
     @property
     def encodings(self) -> Sequence[kv_transfer_pb2.Encoding.ValueType]:
@@ -104,48 +91,61 @@ class Receiver:
 
     def offer(
         self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes, *, source: bytes = b""
-    ) -> tuple[int, list[int]]:
-        """Reserve slots for what is missing; returns the transfer's id and the indices of the wanted blocks.
+    ) -> Reservation:
+        """Reserve slots for what is missing. Raises `OfferError`.
 
         `source` names the segment of `neighbours` that the blocks may be copied from.
-
-        Fewer blocks than are missing are wanted when the store is full, and none for a request that is over or has
-        started without them. Raises `OfferError`.
         """
         check_layout(layout, self._layout)
         hashes = split_hashes(block_hashes)
         self.cancel(request_id)
         if request_id in self._over:
-            return self._new_id(), []
+            return Reservation(self._new_id(), [], "the request is over, or has begun without them")
+        if len(self._transfers) >= _MAX_TRANSFERS:
+            return Reservation(self._new_id(), [], f"{_MAX_TRANSFERS} transfers are open")
         found = [self._store.find(block_hash) for block_hash in hashes]
         present = [slot for slot in found if slot is not None]
         self._store.pin(present)
         missing = [index for index, slot in enumerate(found) if slot is None]
         slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
-        landing = Landing(self._segment, dict(slots), self._layer_bytes)
-        deadline_s = self._clock() + self._hold_s
-        transfer = Transfer(self._new_id(), request_id, hashes, deadline_s, source, landing, slots, pinned=present)
-        self._transfers[transfer.transfer_id] = transfer
+        transfer_id = self._new_id()
+        landing = Landing(self._segment, dict(slots), self._layer_bytes, partial(self._note, transfer_id))
+        transfer = self._transfers[transfer_id] = Transfer(
+            transfer_id,
+            request_id,
+            hashes,
+            self._layout.num_layers,
+            self._clock() + self._hold_s,
+            source,
+            landing,
+            slots,
+            pinned=present,
+        )
         self._by_request[request_id] = transfer
         wanted = list(transfer.slots)
         if not wanted:
             self._settle(transfer)
-        return transfer.transfer_id, wanted
+        reason = f"the store has room for {len(wanted)} of {len(missing)} blocks" if len(wanted) < len(missing) else ""
+        return Reservation(transfer_id, wanted, reason)
 
     def place(self, header: FrameHeader, payload: memoryview) -> FrameAck.Status.ValueType:
-        """Check one frame and copy it into its slots; `announce` tells the event loop. Any thread."""
+        """Check one frame and copy it into its slots; `announce` tells the event loop. Any thread.
+
+        The transfer's last frame tells by itself.
+        """
         transfer = self._transfers.get(header.transfer_id)
         if transfer is None:
             return FrameAck.STATUS_STALE
         if checksum(header, [payload]) != header.checksum:  # Before all else: the header may be what was changed.
             return FrameAck.STATUS_CORRUPT
-        if not self._fits(header, transfer):
+        num_bytes = header.num_blocks * header.num_layers * self._layer_bytes
+        if not transfer.fits(header) or num_bytes > self._max_frame_bytes:  # A short payload may decode to much.
             return FrameAck.STATUS_REFUSED
         try:
             blocks = self._decoder.decode(header, payload)
         except EncodingError:
             return FrameAck.STATUS_REFUSED
-        if len(blocks) != self._num_bytes(header):
+        if len(blocks) != num_bytes:
             return FrameAck.STATUS_REFUSED
         return self._land(transfer, header, [blocks])
 
@@ -155,12 +155,12 @@ class Receiver:
         if transfer is None or (source := self.neighbours.segment(transfer.source)) is None:
             return FrameAck.STATUS_STALE
         header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
-        if not self._fits(header, transfer) or len(run.generations) != len(run.slots):
+        if not transfer.fits(header) or len(run.generations) != len(run.slots):
             return FrameAck.STATUS_REFUSED
         if max(run.slots) >= source.num_slots:
             return FrameAck.STATUS_REFUSED
         offset, size = run.first_layer * self._layer_bytes, run.num_layers * self._layer_bytes
-        views = _views(source, run.slots, offset, size)
+        views = views_of(source, run.slots, offset, size)
         expected = list(run.generations)
         return self._land(transfer, header, views, lambda: [source.generation(slot) for slot in run.slots] == expected)
 
@@ -180,8 +180,13 @@ class Receiver:
             return FrameAck.STATUS_REFUSED
         if written is None:
             return FrameAck.STATUS_CORRUPT
-        self._arrived.append((header, written, time.time_ns()))
         return FrameAck.STATUS_STORED
+
+    def _note(self, transfer_id: int, blocks: Sequence[int], layers: int, is_last: bool) -> None:
+        """Of a thread that has written these blocks, before it lets the landing be closed."""
+        self._arrived.append((transfer_id, blocks, layers, time.time_ns()))
+        if is_last:
+            self.announce()
 
     def announce(self) -> None:
         """Have the event loop follow what was placed, once for many frames. Any thread."""
@@ -191,42 +196,21 @@ class Receiver:
         while self._arrived:
             self._landed(*self._arrived.popleft())
 
-    def _landed(self, header: FrameHeader, written: Sequence[int], unix_ns: int) -> None:
-        """These blocks of a frame lie in their slots."""
-        transfer = self._transfers.get(header.transfer_id)
+    def _landed(self, transfer_id: int, blocks: Sequence[int], layers: int, unix_ns: int) -> None:
+        """These layers of these blocks lie in their slots."""
+        transfer = self._transfers.get(transfer_id)
         if transfer is None:  # Ended meanwhile.
             return
-        bits = ((1 << header.num_layers) - 1) << header.first_layer
-        for index in written:
-            self._complete(transfer, index, bits)
-        transfer.received_bytes += len(written) * header.num_layers * self._layer_bytes
+        for block in blocks:
+            slot = transfer.arrived(block, layers)
+            if slot is not None:
+                transfer.pinned.append(self._store.commit(slot, transfer.hashes[block]))
+                transfer.received_blocks += 1
+        transfer.received_bytes += len(blocks) * layers.bit_count() * self._layer_bytes
         transfer.last_frame_unix_ns = unix_ns
         transfer.deadline_s = self._clock() + self._hold_s
         if not transfer.slots:
             self._settle(transfer)
-
-    def _num_bytes(self, header: FrameHeader) -> int:
-        return header.num_blocks * header.num_layers * self._layer_bytes
-
-    def _fits(self, header: FrameHeader, transfer: Transfer) -> bool:
-        end = header.first_block + header.num_blocks
-        return (
-            0 < header.num_blocks <= len(transfer.hashes)
-            and end <= len(transfer.hashes)
-            and 0 < header.num_layers <= self._layout.num_layers
-            and header.first_layer + header.num_layers <= self._layout.num_layers
-        )
-
-    def _complete(self, transfer: Transfer, index: int, bits: int) -> None:
-        slot = transfer.slots.get(index)
-        if slot is None:  # The commit came first.
-            return
-        layers = transfer.layers.get(index, 0) | bits
-        transfer.layers[index] = layers
-        if layers == self._all_layers:
-            del transfer.slots[index], transfer.layers[index]
-            transfer.pinned.append(self._store.commit(slot, transfer.hashes[index]))
-            transfer.received_blocks += 1
 
     def open_transfers(self) -> set[int]:
         """Ids of all that have not ended. Any thread."""
@@ -256,8 +240,7 @@ class Receiver:
         transfer = self._by_request.get(request_id)
         if transfer is not None:
             self.commit(transfer.transfer_id)
-        for waiter in self._waiters.get(request_id, ()):
-            waiter.set()
+        self._waiters.wake(request_id)
 
     async def wait_settled(self, request_id: str, timeout_s: float) -> Transfer | None:
         """Until the request's transfer is complete or committed, or for `timeout_s`; its state by then.
@@ -267,17 +250,7 @@ class Receiver:
         transfer = self._by_request.get(request_id)
         if request_id in self._over or (transfer is not None and transfer.settled):
             return transfer
-        event = asyncio.Event()
-        self._waiters.setdefault(request_id, []).append(event)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await event.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._waiters[request_id].remove(event)
-            if not self._waiters[request_id]:
-                del self._waiters[request_id]
+        await self._waiters.wait(request_id, timeout_s)
         return self._by_request.get(request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -320,22 +293,8 @@ class Receiver:
 
     def _settle(self, transfer: Transfer) -> None:
         transfer.settled = True
-        for waiter in self._waiters.get(transfer.request_id, ()):
-            waiter.set()
+        self._waiters.wake(transfer.request_id)
 
     @staticmethod
     def _new_id() -> int:
         return secrets.randbits(63) | 1 << 63
-
-
-def _views(source: Segment, slots: Sequence[int], offset: int, size: int) -> list[memoryview]:
-    """Of `size` bytes from `offset` of each slot; whole slots that follow each other are joined."""
-    views = []
-    first = 0
-    while first < len(slots):
-        end = first + 1
-        while size == source.slot_bytes and end < len(slots) and slots[end] == slots[end - 1] + 1:
-            end += 1
-        views.append(source.run_view(slots[first], offset, (end - first) * size))
-        first = end
-    return views

@@ -40,6 +40,8 @@ class PushResult:
     num_missing_blocks: int = 0
     transport: str = ""
     """How blocks went: grpc, shm, gloo or nccl, or several of them in the order of their first use with "+" between."""
+    refusal: str = ""
+    """Why the receiver wants less than it lacks; empty when it does not."""
     error: str = ""
     """Why the push ended early; empty when it did not."""
 
@@ -115,6 +117,7 @@ class Push:
     async def _run(self) -> None:
         self._peer = self._find_peer()
         want = await self._peer.offer(self._offer)
+        self.result.refusal = want.reason
         wanted = frozenset(want.blocks)
         self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
         with self._peer.acks(want, partial(self._on_ack, want)) as used:

@@ -46,7 +46,7 @@ class KvTransferService:
         local = self._maps_memory and receiver.meet(request.local)
         invitation = await self._collectives.invite(request.collective) if self._collectives and not local else None
         try:
-            transfer_id, blocks = receiver.offer(
+            reservation = receiver.offer(
                 request.request_id,
                 request.layout,
                 request.block_hashes,
@@ -57,8 +57,9 @@ class KvTransferService:
         except OfferError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return kv_transfer_pb2.Want(
-            transfer_id=transfer_id,
-            blocks=blocks,
+            transfer_id=reservation.transfer_id,
+            blocks=reservation.blocks,
+            reason=reservation.reason,
             push_address=self._push_address,
             local=local,
             encodings=receiver.encodings,

@@ -19,8 +19,7 @@ from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.peer import LayoutRefusedError, Peer, Peers
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.sender import Push, PushResult
-from kvrelay.kv_transfer.service import SERVICE
-from kvrelay.kv_transfer.wire import FrameHeader, encode_frame
+from kvrelay.kv_transfer.wire import SERVICE, FrameHeader, encode_frame
 from kvrelay.v1 import kv_transfer_pb2
 from tests.support.eventually import eventually
 from tests.support.kv_pair import (

@@ -15,6 +15,7 @@ from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.compression import Compression
+from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peer, Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
@@ -63,9 +64,8 @@ class Side:
         self.receiver = Receiver(
             self.store,
             self.segment,
-            self.layout,
+            FrameDecoder(self.layout, accepted(compression, self.layout)),
             post=post_to_running_loop(raise_in_loop),
-            encodings=accepted(compression, self.layout),
         )
 
     def put(self, numbers: Sequence[int]) -> list[int]:

@@ -198,12 +198,15 @@ class Want(_message.Message):
     LOCAL_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
     COLLECTIVE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     """Names the reservation; never used twice by one receiver."""
     push_address: _builtins.str
     """host:port where Push is served."""
     local: _builtins.bool
     """The receiver has mapped the sender's segment: blocks come by Copy, not by Push."""
+    reason: _builtins.str
+    """Why fewer blocks are wanted than are missing, for the sender's log: no room, or too late."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into the offer's hashes, ascending."""
@@ -225,10 +228,11 @@ class Want(_message.Message):
         local: _builtins.bool = ...,
         encodings: _abc.Iterable[Global___Encoding.ValueType] | None = ...,
         collective: Global___CollectiveInvitation | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "collective", b"collective", "encodings", b"encodings", "local", b"local", "push_address", b"push_address", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "collective", b"collective", "encodings", b"encodings", "local", b"local", "push_address", b"push_address", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

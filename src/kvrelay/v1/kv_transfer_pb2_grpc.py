@@ -95,7 +95,8 @@ class KvTransferServicer(object):
     def Push(self, request_iterator, context):
         """Served at the address that Want names, by threads of its own. A stream carries the frames of many
         transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
-        A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+        When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
+        in the same way; a stream that is half-closed ends none.
         Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

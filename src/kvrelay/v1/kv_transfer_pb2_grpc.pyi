@@ -46,7 +46,8 @@ class KvTransferStub:
     Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
-    A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+    When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
+    in the same way; a stream that is half-closed ends none.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Copy: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]
@@ -82,7 +83,8 @@ class KvTransferAsyncStub(KvTransferStub):
     Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
-    A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+    When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
+    in the same way; a stream that is half-closed ends none.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
@@ -127,7 +129,8 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.FrameAcks], _abc.AsyncIterator[_kv_transfer_pb2.FrameAcks]]:
         """Served at the address that Want names, by threads of its own. A stream carries the frames of many
         transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
-        A stream that breaks ends the transfers that it carried; one that is half-closed does not.
+        When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
+        in the same way; a stream that is half-closed ends none.
         Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
 

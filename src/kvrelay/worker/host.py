@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvrelay.block_hash import BlockHasher
@@ -21,8 +21,9 @@ from kvrelay.kv_transfer.collectives import Collectives, usable_backends
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.disk_file import DiskFile
 from kvrelay.kv_transfer.disk_tier import DiskTier
+from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.lending import Lender
-from kvrelay.kv_transfer.link_coder import accepted
+from kvrelay.kv_transfer.link_coder import accepted, named_layout
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
@@ -86,9 +87,8 @@ class WorkerHost:
         self.receiver = Receiver(
             self.store,
             segment,
-            info.layout,
+            FrameDecoder(info.layout, accepted(config.compression, info.layout)),
             hold_s=config.transfer_hold_s,
-            encodings=accepted(config.compression, info.layout),
             post=post_to_running_loop(on_broken),
         )
         self.local_segment: kv_transfer_pb2.LocalSegment | None = None
@@ -318,6 +318,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             stack.callback(file.close)
         stack.push_async_callback(engine.close)
         info = await engine.start(segment, on_kv_reports)
+        info = replace(info, layout=named_layout(config.compression, info.layout))
         async with asyncio.TaskGroup() as tasks:
             host = WorkerHost(engine, info, segment, config, tracing, on_broken)
             host.lender = Lender(host.store, segment, info.layout, host.peers, host.counters, tasks)
@@ -337,8 +338,8 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
             try:
                 yield host
             finally:
+                for loop in loops:
+                    loop.cancel()
                 host.lender.close()
                 await host.peers.close()
                 await asyncio.to_thread(host.collectives.close)
-                for loop in loops:
-                    loop.cancel()

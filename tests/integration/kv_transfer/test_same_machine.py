@@ -58,7 +58,7 @@ def met(sender: Side, receiver: Side, number: int) -> int:
     """The id of a transfer of one block, with the sender's memory mapped."""
     local = LocalSegment(path=sender.segment.path, proof=sender.segment.proof)
     assert receiver.receiver.meet(local)
-    transfer_id, _ = receiver.receiver.offer("r", receiver.layout, block_name(number), source=local.proof)
+    transfer_id, *_ = receiver.receiver.offer("r", receiver.layout, block_name(number), source=local.proof)
     return transfer_id
 
 

@@ -39,7 +39,7 @@ async def served(**values: Any) -> AsyncIterator[tuple[Served, WorkerHost]]:
 
 async def push_address(worker: Served, host: WorkerHost) -> str:
     """Where it wants the blocks that it is offered."""
-    peer = Peer(worker.info.address.replace("outside", "127.0.0.1"))
+    peer = Peer(worker.info.address.replace("outside", "127.0.0.1"), worker.info.layout)
     try:
         offer = kv_transfer_pb2.OfferRequest(request_id="r", layout=host.info.layout, block_hashes=bytes(16))
         return (await peer.offer(offer)).push_address

@@ -1,11 +1,11 @@
 """Frames land once each, from any thread, and nothing lands after the end."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from kvrelay.kv_transfer.landing import Landing, LandingClosedError, OverlapError
+from kvrelay.kv_transfer.landing import LandedHandler, Landing, LandingClosedError, OverlapError
 from kvrelay.kv_transfer.segment import Segment, size_for
 
 LAYERS, LAYER_BYTES = 4, 8
@@ -20,9 +20,42 @@ def segment() -> Iterator[Segment]:
     segment.close()
 
 
-def landing_of(segment: Segment) -> Landing:
+def ignore_landed(_blocks: Sequence[int], _layers: int, _is_last: bool) -> None:
+    pass
+
+
+def landing_of(segment: Segment, on_landed: LandedHandler = ignore_landed) -> Landing:
     """Blocks 5 and 6 are wanted, in slots 2 and 0."""
-    return Landing(segment, {5: 2, 6: 0}, LAYER_BYTES)
+    return Landing(segment, {5: 2, 6: 0}, LAYER_BYTES, on_landed)
+
+
+def test_what_lands_is_told_and_when_nothing_is_missing(segment: Segment) -> None:
+    told: list[tuple[Sequence[int], int, bool]] = []
+    landing = landing_of(segment, lambda *landed: told.append(landed))
+    landing.write(4, (0, 4), [bytes(2 * SLOT_BYTES)])
+    landing.write(5, (0, 4), [bytes(SLOT_BYTES)])
+    assert landing.write(6, (0, 4), [bytes(SLOT_BYTES)], lambda: False) is None
+    landing.write(6, (1, 3), [bytes(3 * LAYER_BYTES)])
+    landing.write(6, (0, 1), [bytes(LAYER_BYTES)])
+    assert told == [([5], 0b1111, False), ([6], 0b1110, False), ([6], 0b0001, True)]
+
+
+def test_the_end_waits_until_what_landed_is_told(segment: Segment) -> None:
+    telling, may_go_on, told = threading.Event(), threading.Event(), threading.Event()
+
+    def tell(_blocks: Sequence[int], _layers: int, _is_last: bool) -> None:
+        telling.set()
+        may_go_on.wait(10)
+        told.set()
+
+    landing = landing_of(segment, tell)
+    writer = threading.Thread(target=lambda: landing.write(5, (0, 4), [bytes(SLOT_BYTES)]))
+    writer.start()
+    assert telling.wait(10)
+    threading.Timer(0.05, may_go_on.set).start()
+    landing.close()
+    assert told.is_set()
+    writer.join()
 
 
 def test_layers_of_blocks_go_to_their_slots(segment: Segment) -> None:

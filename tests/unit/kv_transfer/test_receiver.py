@@ -12,11 +12,15 @@ import pytest
 
 from kvrelay.block_hash import layout_fingerprint
 from kvrelay.kv_transfer.block_store import BlockStore
+from kvrelay.kv_transfer.encoding import Encoding, encode
+from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.offers import LayoutMismatchError, OfferError
+from kvrelay.kv_transfer.part_shape import PartShape
 from kvrelay.kv_transfer.push_server import PushServer
-from kvrelay.kv_transfer.receiver import Receiver, Transfer
+from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment, size_for
-from kvrelay.kv_transfer.wire import FrameHeader, checksum, encode_frame
+from kvrelay.kv_transfer.transfer import Transfer
+from kvrelay.kv_transfer.wire import MAX_PAYLOAD_BYTES, FrameHeader, checksum, encode_frame
 from kvrelay.v1 import cluster_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
 
@@ -55,10 +59,10 @@ class Rig:
         self.now = 0.0
         self.segment = segment
         self.store = BlockStore(segment.num_slots)
-        self.receiver = Receiver(self.store, segment, LAYOUT, hold_s=HOLD_S, clock=lambda: self.now)
+        self.receiver = Receiver(self.store, segment, FrameDecoder(LAYOUT, ()), hold_s=HOLD_S, clock=lambda: self.now)
 
     def offer(self, request_id: str, blocks: list[int]) -> tuple[int, list[int]]:
-        return self.receiver.offer(request_id, LAYOUT, b"".join(map(name, blocks)))
+        return self.receiver.offer(request_id, LAYOUT, b"".join(map(name, blocks)))[:2]
 
     def place(
         self, transfer_id: int, first_block: int, payload: bytes, *, layers: tuple[int, int] = (0, LAYERS)
@@ -276,12 +280,43 @@ def test_a_full_store_wants_what_fits_first_blocks_first(rig: Rig) -> None:
     rig.store.release(in_use)
 
 
+def test_the_sender_is_told_why_less_is_wanted(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use = rig.store.reserve(NUM_SLOTS - 2)
+    hashes = b"".join(map(name, range(3)))
+    assert rig.receiver.offer("a", LAYOUT, hashes).reason == "the store has room for 2 of 3 blocks"
+    assert rig.receiver.offer("a", LAYOUT, hashes[:32]).reason == ""
+    monkeypatch.setattr("kvrelay.kv_transfer.receiver._MAX_TRANSFERS", 1)
+    assert rig.receiver.offer("b", LAYOUT, hashes)[1:] == ([], "1 transfers are open")
+    rig.receiver.let_go("a")
+    assert rig.receiver.offer("a", LAYOUT, hashes)[1:] == ([], "the request is over, or has begun without them")
+    rig.store.release(in_use)
+    rig.assert_idle()
+
+
 async def test_a_store_without_any_room_settles_at_once(rig: Rig) -> None:
     in_use = rig.store.reserve(NUM_SLOTS)
     _, wanted = rig.offer("r", [0])
     assert wanted == []
     assert await rig.receiver.wait_settled("r", 0) is not None
     rig.store.release(in_use)
+
+
+@pytest.mark.parametrize(("num_blocks", "status"), [(2, STORED), (3, REFUSED)])
+def test_a_short_payload_cannot_claim_more_memory_than_a_frame_has(
+    num_blocks: int, status: FrameAck.Status.ValueType
+) -> None:
+    layout = make_layout(head_elements=MAX_PAYLOAD_BYTES // (2 * LAYERS * 4 * 2))
+    segment = Segment.create(size_for(4, MAX_PAYLOAD_BYTES // 2))
+    segment.configure(MAX_PAYLOAD_BYTES // 2)
+    receiver = Receiver(BlockStore(4), segment, FrameDecoder(layout, [Encoding.LOSSLESS]))
+    transfer_id, *_ = receiver.offer("r", layout, b"".join(map(name, range(3))))
+    zeros = memoryview(bytes(MAX_PAYLOAD_BYTES // 2))
+    payload = b"".join(encode(Encoding.LOSSLESS, PartShape.of(layout, LAYERS), [zeros] * num_blocks))
+    assert len(payload) < MAX_PAYLOAD_BYTES // 100
+    header = FrameHeader(transfer_id, 0, num_blocks, 0, LAYERS, encoding=Encoding.LOSSLESS.value)
+    assert receiver.place(replace(header, checksum=checksum(header, [payload])), memoryview(payload)) == status
+    receiver.cancel("r")
+    segment.close()
 
 
 def test_another_layout_is_refused_and_both_are_shown(rig: Rig) -> None:
