@@ -35,6 +35,7 @@ def generate(cluster: LiveCluster, seed: int) -> str:
     return text
 
 
+@pytest.mark.usefixtures("no_cluster")
 async def test_a_prompt_comes_back_from_disk(tmp_path: Path) -> None:
     """Many more prompts than the store has room for, and engines that remember nothing themselves."""
     flags = ("--kv-host-bytes", "64MiB", "--kv-disk-bytes", "512MiB", "--kv-disk-path", str(tmp_path))

@@ -21,7 +21,7 @@ from tests.support.live_cluster import LiveCluster, live_cluster
 from tests.support.random_model import HEAD_ELEMENTS, KV_HEADS, LAYERS, write_random_model
 from tests.support.reference_engine import reference_answers
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_cluster")]
 
 BLOCK_TOKENS = 32
 BLOCK_BYTES = LAYERS * KV_HEADS * BLOCK_TOKENS * 2 * HEAD_ELEMENTS * 4
