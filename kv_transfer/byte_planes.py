@@ -67,8 +67,8 @@ def encode(shape: PartShape, parts: Sequence[Buffer]) -> list[Buffer] | None:
     return [_sizes(shape).pack(*sizes), *coded]
 
 
-def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview | None]) -> None:
-    """Fill the targets, but those that are None. Raises `EncodingError` before anything is written."""
+def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview]) -> None:
+    """Fill the targets. Raises `EncodingError` before anything is written."""
     sizes_format = _sizes(shape)
     if len(data) < sizes_format.size:
         raise EncodingError(f"{len(data)} bytes are not even the sizes of {shape.item_bytes} planes")
@@ -82,9 +82,8 @@ def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview | No
         planes.append(_grow(data[start : start + size], num_items))
         start += size
     for number, target in enumerate(targets):
-        if target is not None:
-            first = number * shape.num_elements
-            _join([plane[first : first + shape.num_elements] for plane in planes], np.frombuffer(target, shape.bits))
+        first = number * shape.num_elements
+        _join([plane[first : first + shape.num_elements] for plane in planes], np.frombuffer(target, shape.bits))
 
 
 def _sizes(shape: PartShape) -> struct.Struct:

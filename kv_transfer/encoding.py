@@ -49,15 +49,15 @@ def encode(encoding: Encoding, shape: PartShape, parts: Sequence[Buffer]) -> lis
     return [bytes([encoding.value]), *coded]
 
 
-def decode(encoding: Encoding, shape: PartShape, payload: Buffer, targets: Sequence[memoryview | None]) -> None:
-    """Write the blocks of an encoded payload into the targets, one of this shape for each block; None skips a block.
+def decode(encoding: Encoding, shape: PartShape, payload: Buffer, targets: Sequence[memoryview]) -> None:
+    """Write the blocks of an encoded payload into the targets, one of this shape for each block.
 
     The payload need not be trusted: what does not come to exactly these blocks raises `EncodingError`, before a target
     is touched, and takes no more memory than they have. `payload` and targets are views of bytes. Raises `ValueError`
     for targets of another size.
     """
     shape.check(targets)
-    if any(target is not None and target.readonly for target in targets):
+    if any(target.readonly for target in targets):
         raise ValueError("a block cannot be decoded into memory that is read-only")
     data = memoryview(payload).cast("B")
     if not data:
@@ -74,13 +74,12 @@ def decode(encoding: Encoding, shape: PartShape, payload: Buffer, targets: Seque
         byte_planes.decode(shape, data, targets)
 
 
-def _copy(shape: PartShape, data: memoryview, targets: Sequence[memoryview | None]) -> None:
+def _copy(shape: PartShape, data: memoryview, targets: Sequence[memoryview]) -> None:
     size = shape.num_bytes
     if len(data) != size * len(targets):
         raise EncodingError(f"a payload of {len(data)} bytes where {len(targets)} parts have {size * len(targets)}")
     for number, target in enumerate(targets):
-        if target is not None:
-            target[:] = data[number * size : (number + 1) * size]
+        target[:] = data[number * size : (number + 1) * size]
 
 
 def _check_halves(shape: PartShape) -> None:

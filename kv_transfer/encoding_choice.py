@@ -70,16 +70,9 @@ class EncodingMeter:
         with self._lock:
             return self._encoded_bytes / self._raw_bytes if self._raw_bytes else None
 
-    def worthwhile(
-        self, bandwidth_bytes_per_s: float, *, num_threads: int = 1, decode_bytes_per_s: float = math.inf
-    ) -> bool | None:
+    def worthwhile(self, bandwidth_bytes_per_s: float, *, num_threads: int = 1) -> bool | None:
         """See the function of this name; `num_threads` encode at a time. None as long as nothing was measured."""
         speed, ratio = self.bytes_per_s, self.ratio
         if speed is None or ratio is None:
             return None
-        return worthwhile(
-            bandwidth_bytes_per_s,
-            ratio=ratio,
-            encode_bytes_per_s=speed * num_threads,
-            decode_bytes_per_s=decode_bytes_per_s,
-        )
+        return worthwhile(bandwidth_bytes_per_s, ratio=ratio, encode_bytes_per_s=speed * num_threads)

@@ -91,8 +91,8 @@ def encode(shape: PartShape, parts: Sequence[Buffer]) -> list[Buffer] | None:
     return [flat(scales), flat(codes)]
 
 
-def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview | None]) -> None:
-    """Fill the targets, but those that are None. Raises `EncodingError` before anything is written."""
+def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview]) -> None:
+    """Fill the targets. Raises `EncodingError` before anything is written."""
     num_scales = len(targets) * shape.num_rows * 2
     expected = num_scales * 4 + len(targets) * shape.num_elements
     if len(data) != expected:
@@ -105,8 +105,6 @@ def decode(shape: PartShape, data: memoryview, targets: Sequence[memoryview | No
     codes = codes.reshape(len(targets), shape.num_rows, shape.block_size_tokens, 2, shape.head_elements // 2)
     indices = np.empty(_piece_rows(shape) * shape.row_elements, np.intp)
     for target, its_scales, its_codes in zip(targets, scales, codes, strict=True):
-        if target is None:
-            continue
         rows = np.frombuffer(target, shape.bits).reshape(its_codes.shape)
         for piece in _pieces(shape):
             # One table for all groups: the codes of the second are those of the first plus 256, and so on.

@@ -77,10 +77,10 @@ class PartShape:
     def num_bytes(self) -> int:
         return self.num_elements * self.item_bytes
 
-    def check(self, parts: Sequence[Buffer | None]) -> None:
+    def check(self, parts: Sequence[Buffer]) -> None:
         """Raises `ValueError` unless each of them has the bytes of one part."""
         for part in parts:
-            size = self.num_bytes if part is None else memoryview(part).nbytes
+            size = memoryview(part).nbytes
             if size != self.num_bytes:
                 raise ValueError(f"a part of {size} bytes where {self} has {self.num_bytes}")
 

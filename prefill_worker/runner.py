@@ -92,7 +92,7 @@ class PrefillRole:
         self._host.counters["frames_resent"] += result.num_resent_frames
         self._host.counters["pushes_failed"] += bool(result.error)
         span.set({"kv.blocks": result.num_blocks, "kv.bytes": result.num_bytes, "kv.resent": result.num_resent_frames})
-        span.set({"kv.transport": result.transport})
+        span.set({"kv.transport": result.transport, "kv.refusal": result.refusal})
         if result.error:
             span.fail(result.error)
             _log.warning("push incomplete", request_id=submission.work.request_id, error=result.error)

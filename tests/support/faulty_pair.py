@@ -28,9 +28,11 @@ from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2, worker_pb2_grpc
-from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
+from kvrelay.worker.store_config import StoreConfig
 from tests.support.eventually import eventually
 from tests.support.worker_link import Answer, Link, open_link, over
 

@@ -120,7 +120,7 @@ def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel
     from kvrelay.launch.engines import EngineChoice
     from kvrelay.launch.worker import WorkerConfig
     from kvrelay.v1 import cluster_pb2
-    from kvrelay.worker.host import StoreConfig
+    from kvrelay.worker.store_config import StoreConfig
 
     network, engine = flags.network, flags.engine
     return WorkerConfig(

@@ -32,9 +32,11 @@ from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
-from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
+from kvrelay.worker.store_config import StoreConfig
 
 _log = structlog.get_logger(__name__)
 

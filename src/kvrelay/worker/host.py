@@ -6,33 +6,27 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
 from kvrelay.kv_transfer.block_part import BlockPart
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.borrowing import Borrower, PrefixSource
-from kvrelay.kv_transfer.collective_group import CollectiveConfig
-from kvrelay.kv_transfer.collectives import Collectives, usable_backends
-from kvrelay.kv_transfer.compression import Compression
-from kvrelay.kv_transfer.disk_file import DiskFile
+from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.disk_tier import DiskTier
 from kvrelay.kv_transfer.frame_decoder import FrameDecoder
 from kvrelay.kv_transfer.lending import Lender
-from kvrelay.kv_transfer.link_coder import accepted, named_layout
+from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, kv_transfer_pb2
 from kvrelay.worker.engine_calls import EngineCalls
 from kvrelay.worker.request_checks import check_request
+from kvrelay.worker.store_config import StoreConfig
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
 from kvrelay.worker.submission import Handlers, PromptSlots, Submission
 from kvrelay.worker.work import Work
@@ -41,28 +35,8 @@ _EXPIRE_INTERVAL_S = 1.0
 _IDLE_POLL_S = 0.02
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreConfig:
-    """The host block store."""
-
-    size_bytes: int = 2 << 30
-    max_granted_blocks: int = 64
-    """Slots lent to the engine for blocks of generated tokens; an eighth of the store at most."""
-    transport: KvTransport = KvTransport.AUTO
-    """Which ways blocks may take to other workers, and from them."""
-    collective: CollectiveConfig = field(default_factory=CollectiveConfig)
-    compression: Compression = Compression.NONE
-    """Of frames that leave; fp8 also says that they may come so."""
-    transfer_hold_s: float = 60.0
-    """How long received blocks are held for a request that does not come."""
-    disk_bytes: int = 0
-    """Room on disk for blocks that leave the store; 0 for none."""
-    disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file has no name
-    """Folder of the file that takes them."""
-
-
 class WorkerHost:
-    """Owns the engine, the store and everything that is in flight between them. Made by `open_host`."""
+    """Owns the engine, the store and everything that is in flight between them. Made by `running_host`."""
 
     lender: Lender
 
@@ -283,63 +257,3 @@ class WorkerHost:
             await asyncio.sleep(_EXPIRE_INTERVAL_S)
             self.counters["transfers_expired"] += self.receiver.expire()
             await self.peers.expire()
-
-
-async def _fail_with(broken: asyncio.Future[None]) -> None:
-    await broken
-
-
-@asynccontextmanager
-async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> AsyncIterator[WorkerHost]:
-    """Start the engine, which may take minutes, and run a host over it; end both at exit.
-
-    An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
-    """
-    broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def on_broken(error: Exception) -> None:
-        if not broken.done():
-            broken.set_exception(error)
-
-    def on_kv_reports(reports: Sequence[KvReport]) -> None:
-        """Reports are about submissions, so none comes before the host is there."""
-        try:
-            host.on_kv_reports(reports)
-        except Exception as error:
-            on_broken(error)
-
-    async with contextlib.AsyncExitStack() as stack:
-        segment = Segment.create(config.size_bytes)
-        stack.callback(segment.close)
-        file = (
-            await asyncio.to_thread(DiskFile.create, config.disk_path, config.disk_bytes) if config.disk_bytes else None
-        )
-        if file is not None:
-            stack.callback(file.close)
-        stack.push_async_callback(engine.close)
-        info = await engine.start(segment, on_kv_reports)
-        info = replace(info, layout=named_layout(config.compression, info.layout))
-        async with asyncio.TaskGroup() as tasks:
-            host = WorkerHost(engine, info, segment, config, tracing, on_broken)
-            host.lender = Lender(host.store, segment, info.layout, host.peers, host.counters, tasks)
-            if config.transport.shares_memory:
-                host.lender.local_segment = host.local_segment
-            if file is not None:
-                host.disk = DiskTier(host.store, segment, file, host.counters)
-                stack.push_async_callback(host.disk.close)
-            host.collectives.backends = await asyncio.to_thread(usable_backends, config.transport)
-            host.top_up_grants()
-            loops = [
-                tasks.create_task(_fail_with(broken), name="kv-reports"),
-                tasks.create_task(host.run(), name="engine-steps"),
-                tasks.create_task(host.run_calls(), name="engine-calls"),
-                tasks.create_task(host.expire(), name="expire"),
-            ]
-            try:
-                yield host
-            finally:
-                for loop in loops:
-                    loop.cancel()
-                host.lender.close()
-                await host.peers.close()
-                await asyncio.to_thread(host.collectives.close)

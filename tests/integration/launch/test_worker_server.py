@@ -19,7 +19,9 @@ from kvrelay.launch.engines import EngineChoice
 from kvrelay.launch.worker import Served, WorkerConfig, open_server
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
-from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.running_host import open_host
+from kvrelay.worker.store_config import StoreConfig
 from tests.support.sshd import free_port
 
 

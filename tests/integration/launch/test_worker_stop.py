@@ -23,7 +23,7 @@ from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.launch import worker
 from kvrelay.launch.engines import EngineChoice
 from kvrelay.v1 import cluster_pb2
-from kvrelay.worker.host import StoreConfig
+from kvrelay.worker.store_config import StoreConfig
 
 moment, core = sys.argv[1:]
 

@@ -195,16 +195,6 @@ def test_fp8_halves_or_quarters(dtype: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("encoding", Encoding)
-def test_a_block_that_is_not_wanted_is_skipped(encoding: Encoding) -> None:
-    parts = normal_parts(LARGE, 3)
-    payload = joined(encoding, LARGE, parts)
-    wanted = decoded(encoding, LARGE, payload, 3)
-    first, last = bytearray(LARGE.num_bytes), bytearray(LARGE.num_bytes)
-    decode(encoding, LARGE, payload, [memoryview(first), None, memoryview(last)])
-    assert [bytes(first), bytes(last)] == [wanted[0], wanted[2]]
-
-
-@pytest.mark.parametrize("encoding", Encoding)
 def test_addresses_need_not_be_aligned_and_neighbours_stay(encoding: Encoding) -> None:
     part = normal_parts(LARGE, 1)[0]
     payload = b"xyz" + joined(encoding, LARGE, [memoryview(b"a" + part)[1:]])

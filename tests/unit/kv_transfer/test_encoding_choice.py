@@ -86,7 +86,6 @@ def test_a_meter_decides_for_all_threads() -> None:
     meter.add(1_000_000, 500_000, 0.001)
     assert meter.worthwhile(1.5e9) is False
     assert meter.worthwhile(1.5e9, num_threads=2) is True
-    assert meter.worthwhile(1.5e9, num_threads=2, decode_bytes_per_s=1.5e9) is False
 
 
 def test_frames_that_took_no_measurable_time_do_not_divide_by_zero() -> None:

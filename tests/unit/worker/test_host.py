@@ -15,8 +15,10 @@ from kvrelay.engine.simulated import SimulatedEngine
 from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, worker_pb2
-from kvrelay.worker.host import StoreConfig, WorkerHost, open_host
+from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.running_host import open_host
 from kvrelay.worker.status import worker_status
+from kvrelay.worker.store_config import StoreConfig
 from kvrelay.worker.submission import Handlers, Submission
 from kvrelay.worker.work import Work
 from tests.support.eventually import eventually
