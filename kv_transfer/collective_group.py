@@ -65,7 +65,7 @@ class Group(ABC):
 
     @abstractmethod
     def staging(self, num_bytes: int) -> Staging:
-        """New memory for a run of up to `num_bytes`."""
+        """New memory for a run of up to `num_bytes`. Raises `GroupError` when there is none."""
 
     @abstractmethod
     def send(self, staging: Staging, num_bytes: int) -> Transit:

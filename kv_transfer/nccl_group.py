@@ -28,21 +28,26 @@ class NcclGroup(Group):
         self._other = 1 - rank
         self._deadline_s = config.deadline_s
         self._device = torch.device("cuda", 0)
+        self._group: ProcessGroupNCCL | None = None
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=config.open_s)
         try:
             self._stream = torch.cuda.Stream(self._device)
             with _environment():
-                self._group: ProcessGroupNCCL | None = ProcessGroupNCCL(store, rank, 2, options)
+                self._group = ProcessGroupNCCL(store, rank, 2, options)
             # NCCL connects with the first message.
             first = self.staging(1)
             (self.send if rank == SENDER_RANK else self.recv)(first, 1)()
-        except RuntimeError as error:
+        except (RuntimeError, GroupError) as error:
+            self.abort()
             raise GroupError(f"no NCCL group: {error}") from error
 
     def staging(self, num_bytes: int) -> Staging:
-        pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        return Staging(pinned.numpy(), torch.empty(num_bytes, dtype=torch.uint8, device=self._device), pinned)
+        try:
+            pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            return Staging(pinned.numpy(), torch.empty(num_bytes, dtype=torch.uint8, device=self._device), pinned)
+        except RuntimeError as error:
+            raise GroupError(f"no {num_bytes} bytes of pinned memory and of the GPU's: {error}") from error
 
     def send(self, staging: Staging, num_bytes: int) -> Transit:
         group = self._open_group()
@@ -76,10 +81,13 @@ class NcclGroup(Group):
 
         def wait() -> None:
             end_s = time.monotonic() + self._deadline_s
-            while not event.query():
-                if self._group is None or time.monotonic() > end_s:
-                    raise GroupError(f"cannot {what}: not within {self._deadline_s} s, or the group was aborted")
-                time.sleep(_POLL_S)
+            try:
+                while not event.query():
+                    if self._group is None or time.monotonic() > end_s:
+                        raise GroupError(f"cannot {what}: not within {self._deadline_s} s, or the group was aborted")
+                    time.sleep(_POLL_S)
+            except RuntimeError as error:  # The device's own, of anything that ran in the stream.
+                raise GroupError(f"cannot {what}: {error}") from error
 
         return wait
 

@@ -99,7 +99,7 @@ class RankCopier:
         # Of each layer this rank's rows: in the store `[slot, byte]`, in the engine `[block, byte]`.
         self._store: list[Any] = [store[:, i, offset : offset + row_bytes] for i in range(len(layers))]
         self._engine: list[Any] = [layer.view(torch.uint8).view(layer.shape[0], row_bytes) for layer in layers]
-        if first.device.type == "cpu":
+        if _is_on_cpu(first):
             # numpy takes 0.4 us a row beyond the copy, torch 5; a row of a small model is copied in 2 us.
             self._engine = [layer.numpy() for layer in self._engine]
             self._copy: _Copy = _copy_array
@@ -139,6 +139,10 @@ class RankCopier:
             store, engine = self._store[layer], self._engine[layer]
             for slots, blocks in runs:
                 self._copy(store, slots, engine[blocks])
+
+
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    return bool(tensor.device.type == "cpu")
 
 
 def _copy_array(rows: Any, index: Any, source: Any) -> None:

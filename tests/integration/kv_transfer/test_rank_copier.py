@@ -7,12 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvrelay.kv_transfer import rank_copier
 from kvrelay.kv_transfer.rank_copier import RankCopier, RankLayout, UnsupportedKvCacheError
 from kvrelay.kv_transfer.segment import HEADER_BYTES, Segment, size_for
 
 LAYERS, BLOCKS, HEADS, TOKENS, ELEMENTS = 3, 8, 4, 2, 6
 SLOT_BYTES = LAYERS * HEADS * TOKENS * ELEMENTS * 2
 NUM_SLOTS = 10
+
+
+@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU stand in for the GPU's: the copies are the same calls."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(rank_copier, "_is_on_cpu", lambda _tensor: False)
 
 
 @pytest.fixture
