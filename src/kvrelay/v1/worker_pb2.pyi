@@ -263,7 +263,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class KvLost(_message.Message):
-    """The prefill worker of a request was lost after its token: no more of its blocks come, Decodes need not wait for them."""
+    """No more blocks of a request come, Decodes need not wait for them: after its token its prefill worker was lost, or failed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
