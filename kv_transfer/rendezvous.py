@@ -15,6 +15,8 @@ from kvrelay.v1.kv_transfer_pb2 import CollectiveBackend, CollectiveInvitation
 
 _WORLD = "world"
 _POLL_S = 0.005
+_CONNECT_S = 3.0
+"""For a store that has just taken a connection."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "::1", "::": "::1"}  # noqa: S104
 
 
@@ -65,18 +67,20 @@ class Rendezvous:
 def meet(address: str, world: int, group_id: int, rank: int, stop: threading.Event, timeout_s: float) -> Store:
     """The part of the store at `address` that is this group's, once the other side is there as well.
 
-    Raises `GroupError` at once when nobody listens there, when it is another receiver's store or `stop` is set, and
-    after `timeout_s` when the other side does not come.
+    Raises `GroupError` at once when nobody listens there, when it is another receiver's store or `stop` is set, after
+    some seconds when the store closes just then, and after `timeout_s` when the other side does not come.
     """
     end_s = time.monotonic() + timeout_s
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
-        # torch tries a port again that refuses, until the time is over.
+        # torch tries a port again that refuses, until the time is over, and the store may close just now.
         socket.create_connection((host, int(port)), timeout_s).close()
+        connect_s = min(timeout_s, _CONNECT_S)
         client = TCPStore(
-            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=connect_s)
         )
+        client.set_timeout(timedelta(seconds=timeout_s))
         if not client.check([_WORLD]) or client.get(_WORLD) != str(world).encode():
             raise GroupError(f"the store at {address} is another one")
         store = PrefixStore(f"{group_id:016x}", client)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,20 @@ def test_both_get_the_groups_part_of_the_store(rendezvous: Rendezvous) -> None:
         receiver = threads.submit(meet, rendezvous.own_address, rendezvous.world, 7, 1, threading.Event(), 5)
         sender.result().set("key", "value")
         assert receiver.result().get("key") == b"value"
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="the machine has no IPv6")
+@pytest.mark.parametrize("listen_host", ["[::1]", "[::]"])
+def test_two_meet_by_ipv6(listen_host: str) -> None:
+    rendezvous = Rendezvous(listen_host, "[::1]", 5)
+    address = rendezvous.invitation(COLLECTIVE_BACKEND_GLOO).store_address
+    assert own_host_towards(address) == "::1"
+    with ThreadPoolExecutor() as threads:
+        sender = threads.submit(meet, address, rendezvous.world, 7, 0, threading.Event(), 5)
+        receiver = threads.submit(meet, rendezvous.own_address, rendezvous.world, 7, 1, threading.Event(), 5)
+        sender.result().set("key", "value")
+        assert receiver.result().get("key") == b"value"
+    rendezvous.close()
 
 
 def test_groups_do_not_see_each_other(rendezvous: Rendezvous) -> None:
@@ -70,7 +85,23 @@ def test_a_store_that_closes_ends_the_wait() -> None:
         rendezvous.close()
         rendezvous.close()
         with pytest.raises(GroupError):
-            waiting.result(5)
+            waiting.result(10)
+
+
+def test_a_store_that_closes_while_somebody_connects_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendezvous = Rendezvous("127.0.0.1", "127.0.0.1", 5)
+    connect = socket.create_connection
+
+    def connect_last(address: tuple[str, int], timeout: float) -> socket.socket:
+        connection = connect(address, timeout)
+        rendezvous.close()
+        return connection
+
+    monkeypatch.setattr(socket, "create_connection", connect_last)
+    began = time.monotonic()
+    with pytest.raises(GroupError, match="no rendezvous"):
+        meet(rendezvous.own_address, rendezvous.world, 7, 0, threading.Event(), 60)
+    assert time.monotonic() - began < 10
 
 
 def test_a_port_that_refuses_is_not_tried_again() -> None:
