@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -32,9 +31,7 @@ _log = structlog.get_logger(__name__)
 
 def usable_backends(transport: KvTransport) -> Sequence[CollectiveBackend.ValueType]:
     """What this process can build groups with, the best first. May import torch, which takes seconds."""
-    if transport not in (KvTransport.AUTO, KvTransport.COLLECTIVE):
-        return ()
-    if transport is KvTransport.AUTO and not any(Path("/dev").glob("nvidia[0-9]*")):
+    if transport is not KvTransport.COLLECTIVE:
         return ()
     try:
         import torch
@@ -46,7 +43,7 @@ def usable_backends(transport: KvTransport) -> Sequence[CollectiveBackend.ValueT
     backends = []
     if dist.is_nccl_available() and torch.cuda.is_available():
         backends.append(COLLECTIVE_BACKEND_NCCL)
-    if transport is KvTransport.COLLECTIVE and dist.is_gloo_available():
+    if dist.is_gloo_available():
         backends.append(COLLECTIVE_BACKEND_GLOO)
     return backends
 

@@ -9,15 +9,13 @@ class KvTransport(StrEnum):
     """What one worker allows, as sender and as receiver; a pair uses what both allow."""
 
     AUTO = "auto"
-    """Shared memory on one machine; NCCL where both have GPUs; gRPC otherwise."""
+    """Shared memory on one machine, gRPC otherwise."""
     GRPC = "grpc"
     """Nothing but frames over gRPC."""
-    SHM = "shm"
-    """Shared memory on one machine, gRPC otherwise."""
     COLLECTIVE = "collective"
     """NCCL where both have GPUs, gloo otherwise; gRPC while there is no process group."""
 
     @property
     def shares_memory(self) -> bool:
         """Whether workers on the same machine may map the store and copy from it."""
-        return self in (KvTransport.AUTO, KvTransport.SHM)
+        return self is KvTransport.AUTO

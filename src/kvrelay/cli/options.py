@@ -148,8 +148,8 @@ KvTransportOption = Annotated[
     typer.Option(
         "--kv-transport",
         rich_help_panel=NETWORK,
-        help="How KV blocks go to other workers and come from them. auto: shared memory on one machine, NCCL where both"
-        " have GPUs, else gRPC. collective: NCCL or gloo. A pair uses what both allow, and gRPC when that fails."
+        help="How KV blocks go to other workers and come from them. auto: shared memory on one machine, else gRPC."
+        " collective: NCCL where both have GPUs, else gloo. A pair uses what both allow, and gRPC when that fails."
         " NCCL and gloo connect to free ports without a password.",
     ),
 ]

@@ -28,7 +28,6 @@ async def _generate(cluster: SimulatedCluster, first_token: int) -> tuple[int, .
     ("transport", "second"),
     [
         (KvTransport.AUTO, "shm"),
-        (KvTransport.SHM, "shm"),
         (KvTransport.GRPC, "grpc"),
         (KvTransport.COLLECTIVE, "gloo"),
     ],

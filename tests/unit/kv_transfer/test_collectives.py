@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from kvrelay.kv_transfer.collectives import Collectives, usable_backends
@@ -16,18 +14,15 @@ GLOO, NCCL = COLLECTIVE_BACKEND_GLOO, COLLECTIVE_BACKEND_NCCL
 @pytest.mark.parametrize(
     ("transport", "has_gpus", "expected"),
     [
-        (KvTransport.AUTO, False, []),
-        (KvTransport.AUTO, True, [NCCL]),
+        (KvTransport.AUTO, True, []),
         (KvTransport.COLLECTIVE, False, [GLOO]),
         (KvTransport.COLLECTIVE, True, [NCCL, GLOO]),
         (KvTransport.GRPC, True, []),
-        (KvTransport.SHM, True, []),
     ],
 )
 def test_backends_follow_from_the_transport_and_the_gpus(
     monkeypatch: pytest.MonkeyPatch, transport: KvTransport, has_gpus: bool, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(Path, "glob", lambda _path, _pattern: iter(["/dev/nvidia0"] if has_gpus else []))
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpus)
     monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
     monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: True)
@@ -35,7 +30,7 @@ def test_backends_follow_from_the_transport_and_the_gpus(
 
 
 def test_memory_is_shared_unless_another_way_was_chosen() -> None:
-    assert [transport.value for transport in KvTransport if transport.shares_memory] == ["auto", "shm"]
+    assert [transport.value for transport in KvTransport if transport.shares_memory] == ["auto"]
 
 
 async def test_nobody_is_invited_without_a_common_backend_or_a_place_to_meet() -> None:
