@@ -179,13 +179,13 @@ class Peer:
             listener.transports[transport] = None
         return listener
 
-    def _on_ack(self, way: _Way, ack: kv_transfer_pb2.FrameAck | None) -> None:
-        if ack is not None:
+    def _on_ack(self, way: _Way, ack: kv_transfer_pb2.FrameAck | str) -> None:
+        if not isinstance(ack, str):
             self._hand_on(ack)
             return
         for listener in list(self._listeners.values()):
             if way in listener.ways:
-                listener.handler(None)
+                listener.handler(ack)
 
     @property
     def quiet_s(self) -> float:

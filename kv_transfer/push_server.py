@@ -23,11 +23,14 @@ MAX_STREAMS = 256
 _WINDOW_BYTES = 4 << 20
 """What may come ahead of the frame that is read. Left to itself gRPC lets in tens of MiB for a thread that is slow, and
 is no faster."""
+_HEADER_BYTES = 64 << 10
+"""What a message may have beside a frame's payload, with room to spare."""
 _STOP_S = 2.0
 _MAX_UNTOLD = 64
 """Frames before acks go out unasked."""
 _MAX_NOTED = 1024
 """Transfers that a stream remembers before it forgets those that are over."""
+_CUT_SHORT = "the stream ended without a last message that says so"
 
 
 class PushServer:
@@ -46,7 +49,11 @@ class PushServer:
     def start(self, listen: str) -> int:
         """Serve at `listen` (host:port, 0 for a free one); returns the port. Raises `OSError` when it is taken."""
         self._threads = ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="kv-push")
-        options = [*grpc_options.server_options(), *grpc_options.fixed_window(_WINDOW_BYTES)]
+        max_message_bytes = self._receiver.max_payload_bytes + _HEADER_BYTES
+        options = [
+            *grpc_options.server_options(max_message_bytes=max_message_bytes),
+            *grpc_options.fixed_window(_WINDOW_BYTES),
+        ]
         self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=MAX_STREAMS)
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Push": grpc.stream_stream_rpc_method_handler(
@@ -87,11 +94,13 @@ class PushServer:
         """See kv_transfer.proto. In a thread of its own."""
         with self._stream() as transfer_ids:
             acks: list[FrameAck] = []
+            is_last = 0
             for data in frames:
                 try:
                     header, payload = decode_frame(data)
                 except FrameError as error:
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                is_last = header.is_last
                 if header.num_blocks:
                     self._note(transfer_ids, header.transfer_id)
                     acks.append(_ack(header, self._receiver.place(header, payload)))
@@ -100,6 +109,8 @@ class PushServer:
                     acks = []
             if acks:
                 yield self._tell(acks)
+            if not is_last:
+                context.abort(grpc.StatusCode.ABORTED, _CUT_SHORT)
 
     def copy(
         self, runs: Iterator[kv_transfer_pb2.LocalRun], context: grpc.ServicerContext
@@ -107,9 +118,12 @@ class PushServer:
         """See kv_transfer.proto. In a thread of its own."""
         with self._stream() as transfer_ids:
             for run in runs:
+                if run.is_last:
+                    return
                 self._note(transfer_ids, run.transfer_id)
                 header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
                 yield self._tell([_ack(header, self._receiver.copy(run))])
+            context.abort(grpc.StatusCode.ABORTED, _CUT_SHORT)
 
     def collect(
         self, messages: Iterator[kv_transfer_pb2.CollectRun], context: grpc.ServicerContext

@@ -16,8 +16,8 @@ from kvrelay.kv_transfer.posting import post_to_running_loop, raise_in_loop
 from kvrelay.kv_transfer.wire import SERVICE, FrameHeader, encode_frame
 from kvrelay.v1 import kv_transfer_pb2
 
-AckHandler = Callable[[kv_transfer_pb2.FrameAck | None], None]
-"""Called in the event loop for every ack, and with None when a stream is broken."""
+AckHandler = Callable[[kv_transfer_pb2.FrameAck | str], None]
+"""Called in the event loop for every ack, and with the reason when a stream is broken."""
 
 _IDLE_S = 10.0
 """A stream that nothing was sent over for so long is closed: it takes a thread of the receiver."""
@@ -27,6 +27,11 @@ _UNASKED_S = 0.3
 """A frame asks for acks when nothing is queued behind it, when so much was sent since the last that did, or when that
 was so long ago: an ack takes both sides some hundred microseconds."""
 _ASK = encode_frame(FrameHeader(0, 0, 0, 0, 0, ack_now=1), ())
+_LAST = {
+    "Push": encode_frame(FrameHeader(0, 0, 0, 0, 0, is_last=1), ()),
+    "Copy": kv_transfer_pb2.LocalRun(is_last=True).SerializeToString(),
+}
+"""What ends a stream in order, by method."""
 _JOIN_S = 2.0
 
 
@@ -109,23 +114,23 @@ class PushStreams:
                 response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
             )
             while (order := self._orders.get()) is not None and not self._closing:
-                stream = _Stream(self._orders, order, self._on_sent, must_ask=self._method == "Push")
+                stream = _Stream(self._orders, order, self._on_sent, self._method)
                 call = push(stream.frames())
                 self._calls.add(call)
-                broken = self._read(call)
+                error = self._read(call)
                 stream.over = True
                 self._calls.discard(call)
-                if broken:
-                    self._post(self._on_ack, None)
+                if error:
+                    self._post(self._on_ack, error)
 
-    def _read(self, call: Iterator[kv_transfer_pb2.FrameAcks]) -> bool:
-        """Pass acks on until the stream ends; returns whether it broke."""
+    def _read(self, call: Iterator[kv_transfer_pb2.FrameAcks]) -> str:
+        """Pass acks on until the stream ends; returns why it broke, or nothing."""
         try:
             for acks in call:
                 self._post(self._on_acks, acks)
-        except grpc.RpcError:
-            return True
-        return False
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+        return ""
 
     def _on_acks(self, acks: kv_transfer_pb2.FrameAcks) -> None:
         for ack in acks.acks:
@@ -140,43 +145,51 @@ class _Stream:
         orders: queue.SimpleQueue[Outgoing | None],
         first: Outgoing,
         on_sent: SentHandler,
-        *,
-        must_ask: bool,
+        method: str,
     ) -> None:
-        """`must_ask`: whether acks come only when a frame asks."""
+        """`method`: "Push", whose acks come only when a frame asks, or "Copy"."""
         self._orders = orders
         self._first = first
         self._on_sent = on_sent
-        self._must_ask = must_ask
+        self._must_ask = method == "Push"
+        self._last = _LAST[method]
         self._unasked_bytes = 0
         self._asked_s = time.monotonic()
         self.over = False
         """Whether the call has ended; gRPC's thread may still wait for the next frame then."""
 
     def frames(self) -> Iterator[bytes]:
+        """What the stream says, until it was idle for long or is over."""
         order: Outgoing | None = self._first
         while order is not None:
-            frame = order.encode(ack_now=self._asks(order))
+            asks = self._asks(order)
+            frame = order.encode(ack_now=asks)
             if frame is not None:
+                self._count(order, asks=asks)
                 began = time.monotonic()
                 yield frame
                 self._on_sent(len(frame), time.monotonic() - began)
             try:
                 order = self._mine(self._orders.get_nowait())
             except queue.Empty:  # Another stream may have taken what was queued behind.
-                if self._must_ask and (self._unasked_bytes or frame is None):
+                if self._must_ask and self._unasked_bytes:
                     self._unasked_bytes = 0
                     yield _ASK
                 order = self._next()
+        yield self._last
 
     def _asks(self, order: Outgoing) -> bool:
-        now = time.monotonic()
-        self._unasked_bytes += order.num_bytes
-        if self._unasked_bytes < _UNASKED_BYTES and now - self._asked_s < _UNASKED_S and not self._orders.empty():
-            return False
-        self._unasked_bytes = 0
-        self._asked_s = now
-        return True
+        if self._unasked_bytes + order.num_bytes >= _UNASKED_BYTES or self._orders.empty():
+            return True
+        return time.monotonic() - self._asked_s >= _UNASKED_S
+
+    def _count(self, order: Outgoing, *, asks: bool) -> None:
+        """The order's frame is sent; one that is not wanted any more asks for nothing."""
+        if asks:
+            self._unasked_bytes = 0
+            self._asked_s = time.monotonic()
+        else:
+            self._unasked_bytes += order.num_bytes
 
     def _next(self) -> Outgoing | None:
         """The next order, or None when the stream shall end."""

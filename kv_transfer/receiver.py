@@ -67,7 +67,8 @@ class Receiver:
         self._segment = segment
         self._layout = decoder.layout
         self._layer_bytes = segment.slot_bytes // decoder.layout.num_layers
-        self._max_frame_bytes = max(MAX_PAYLOAD_BYTES, self._layer_bytes)
+        self.max_payload_bytes = max(MAX_PAYLOAD_BYTES, self._layer_bytes)
+        """Of one frame."""
         self._hold_s = hold_s
         self._clock = clock
         self._post = post
@@ -139,7 +140,7 @@ class Receiver:
         if checksum(header, [payload]) != header.checksum:  # Before all else: the header may be what was changed.
             return FrameAck.STATUS_CORRUPT
         num_bytes = header.num_blocks * header.num_layers * self._layer_bytes
-        if not transfer.fits(header) or num_bytes > self._max_frame_bytes:  # A short payload may decode to much.
+        if not transfer.fits(header) or num_bytes > self.max_payload_bytes:  # A short payload may decode to much.
             return FrameAck.STATUS_REFUSED
         try:
             blocks = self._decoder.decode(header, payload)
@@ -171,9 +172,8 @@ class Receiver:
         runs: Sequence[Buffer],
         still_valid: Callable[[], bool] | None = None,
     ) -> FrameAck.Status.ValueType:
-        layers = header.first_layer, header.num_layers
         try:
-            written = transfer.landing.write(header.first_block, layers, runs, still_valid)
+            written = transfer.landing.write(header.first_block, header.layers, runs, still_valid)
         except LandingClosedError:
             return FrameAck.STATUS_STALE
         except OverlapError:

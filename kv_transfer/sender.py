@@ -190,9 +190,9 @@ class Push:
         self.result.num_bytes += order.num_bytes
         self._peer.send(want, order)
 
-    def _on_ack(self, want: kv_transfer_pb2.Want, ack: kv_transfer_pb2.FrameAck | None) -> None:
-        if ack is None:
-            self._end(f"the stream to {self._peer.address} broke")
+    def _on_ack(self, want: kv_transfer_pb2.Want, ack: kv_transfer_pb2.FrameAck | str) -> None:
+        if isinstance(ack, str):
+            self._end(f"the stream to {self._peer.address} broke: {ack}")
             return
         key = ack.first_block, ack.first_layer
         order = self._orders.get(key)

@@ -20,9 +20,8 @@ MAX_PAYLOAD_BYTES = 4 << 20
 """Largest payload that a sender puts into one frame, unless one layer of one block is larger."""
 
 _FIXED64, _VARINT, _LEN, _FIXED32 = 1, 0, 2, 5
-_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS, _CHECKSUM, _PAYLOAD, _ACK_NOW, _ENCODING = range(
-    1, 10
-)
+_TRANSFER_ID, _FIRST_BLOCK, _NUM_BLOCKS, _FIRST_LAYER, _NUM_LAYERS = range(1, 6)
+_CHECKSUM, _PAYLOAD, _ACK_NOW, _ENCODING, _IS_LAST = range(6, 11)
 _WIRE_TYPES = {
     _TRANSFER_ID: _FIXED64,
     _FIRST_BLOCK: _VARINT,
@@ -31,12 +30,13 @@ _WIRE_TYPES = {
     _NUM_LAYERS: _VARINT,
     _ACK_NOW: _VARINT,
     _ENCODING: _VARINT,
+    _IS_LAST: _VARINT,
     _CHECKSUM: _FIXED64,
 }
 """Of the header's fields, in the order of `FrameHeader`."""
 _MAX_UINT32 = (1 << 32) - 1
 _MAX_ENUM = (1 << 31) - 1
-_CHECKED = struct.Struct("<7Q")
+_CHECKED = struct.Struct("<8Q")
 """What the checksum covers beside the payload."""
 
 
@@ -56,8 +56,14 @@ class FrameHeader:
     ack_now: int = 0
     encoding: int = 0
     """Value of `Encoding`."""
+    is_last: int = 0
     checksum: int = 0
     """As it was received; what is sent is computed."""
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The first one, and how many."""
+        return self.first_layer, self.num_layers
 
 
 def checksum(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> int:
@@ -74,6 +80,7 @@ def checksum(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> int:
             header.num_layers,
             header.ack_now,
             header.encoding,
+            header.is_last,
         )
     except struct.error as error:
         raise ValueError(f"a frame cannot have {header}: {error}") from error
@@ -101,6 +108,7 @@ def encode_frame(header: FrameHeader, parts: Sequence[memoryview | bytes]) -> by
         (_NUM_LAYERS, header.num_layers),
         (_ACK_NOW, header.ack_now),
         (_ENCODING, header.encoding),
+        (_IS_LAST, header.is_last),
     ):
         if value > _MAX_UINT32:
             raise ValueError(f"field {field} of a frame is {value}, not a uint32")

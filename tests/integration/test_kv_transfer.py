@@ -388,7 +388,7 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
                 kv_transfer_pb2.OfferRequest(request_id="r", layout=receiver.layout, block_hashes=block_name(1))
             )
             # As kv_transfer.proto says, without our own code.
-            fields = (want.transfer_id, 0, 1, 0, LAYERS, 1, 0)
+            fields = (want.transfer_id, 0, 1, 0, LAYERS, 1, 0, 0)
             seed = xxhash.xxh3_64_intdigest(b"".join(value.to_bytes(8, "little") for value in fields))
             frame = kv_transfer_pb2.Frame(
                 transfer_id=want.transfer_id,
@@ -398,7 +398,9 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
                 payload=block_bytes(1),
                 ack_now=True,
             )
-            acks = [ack async for answer in push(iter([frame])) for ack in answer.acks]
+            acks = [
+                ack async for answer in push(iter([frame, kv_transfer_pb2.Frame(is_last=True)])) for ack in answer.acks
+            ]
         assert [ack.status for ack in acks] == [kv_transfer_pb2.FrameAck.STATUS_STORED]
         assert receiver.holds(1)
         receiver.receiver.let_go("r")
@@ -414,7 +416,7 @@ async def test_garbage_ends_its_stream_and_nothing_else(data: bytes) -> None:
                     request_serializer=bytes,
                     response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
                 )
-                call = push(iter([data]))
+                call = push(iter([data, kv_transfer_pb2.Frame(is_last=True).SerializeToString()]))
                 if data:
                     with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
                         await call.read()

@@ -282,6 +282,7 @@ class Frame(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     ACK_NOW_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     """Index into the offer's hashes of the first block."""
@@ -300,6 +301,8 @@ class Frame(_message.Message):
     """
     encoding: Global___Encoding.ValueType
     """One of those that Want lists. The payload begins with a byte that says whether it is so, or as it is (0)."""
+    is_last: _builtins.bool
+    """The stream's last message has nothing else."""
     def __init__(
         self,
         *,
@@ -312,10 +315,11 @@ class Frame(_message.Message):
         payload: _builtins.bytes = ...,
         ack_now: _builtins.bool = ...,
         encoding: Global___Encoding.ValueType = ...,
+        is_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_now", b"ack_now", "checksum", b"checksum", "encoding", b"encoding", "first_block", b"first_block", "first_layer", b"first_layer", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_now", b"ack_now", "checksum", b"checksum", "encoding", b"encoding", "first_block", b"first_block", "first_layer", b"first_layer", "is_last", b"is_last", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "payload", b"payload", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,10 +337,13 @@ class LocalRun(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     first_block: _builtins.int
     first_layer: _builtins.int
     num_layers: _builtins.int
+    is_last: _builtins.bool
+    """The stream's last message has nothing else."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Of each block."""
@@ -354,10 +361,11 @@ class LocalRun(_message.Message):
         num_layers: _builtins.int = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
+        is_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "generations", b"generations", "num_layers", b"num_layers", "slots", b"slots", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "generations", b"generations", "is_last", b"is_last", "num_layers", b"num_layers", "slots", b"slots", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,9 +396,7 @@ class CollectRun(_message.Message):
     num_bytes: _builtins.int
     """What goes through the group for this run."""
     is_last: _builtins.bool
-    """The stream's last message has nothing else. One that ends without it is broken: a connection that is lost can look
-    like a stream that was half-closed.
-    """
+    """The stream's last message has nothing else."""
     @_builtins.property
     def group(self) -> Global___CollectiveGroup: ...
     def __init__(

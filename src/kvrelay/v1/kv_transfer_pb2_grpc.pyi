@@ -47,7 +47,8 @@ class KvTransferStub:
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
     When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
-    in the same way; a stream that is half-closed ends none.
+    in the same way; one that is half-closed after a last message that says so ends none. Without that it is broken, and
+    answered ABORTED: a connection that is lost can look like a stream that was half-closed.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Copy: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]
@@ -84,7 +85,8 @@ class KvTransferAsyncStub(KvTransferStub):
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
     When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
-    in the same way; a stream that is half-closed ends none.
+    in the same way; one that is half-closed after a last message that says so ends none. Without that it is broken, and
+    answered ABORTED: a connection that is lost can look like a stream that was half-closed.
     Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
     """
     Copy: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.LocalRun, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
@@ -130,7 +132,8 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         """Served at the address that Want names, by threads of its own. A stream carries the frames of many
         transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
         When a stream breaks, the receiver ends the transfers that it carried, and the sender all that go to this receiver
-        in the same way; a stream that is half-closed ends none.
+        in the same way; one that is half-closed after a last message that says so ends none. Without that it is broken, and
+        answered ABORTED: a connection that is lost can look like a stream that was half-closed.
         Bytes are encoded and parsed by hand (kv_transfer/wire.py), the format is this.
         """
 

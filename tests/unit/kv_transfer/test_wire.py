@@ -15,12 +15,23 @@ from kvrelay.v1.kv_transfer_pb2 import Frame
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
-HEADERS = st.builds(FrameHeader, UINT64, UINT32, UINT32, UINT32, UINT32, st.integers(0, 1), st.integers(0, 2**31 - 1))
+BOOL = st.integers(0, 1)
+HEADERS = st.builds(FrameHeader, UINT64, UINT32, UINT32, UINT32, UINT32, BOOL, st.integers(0, 2**31 - 1), BOOL)
 PARTS = st.lists(st.binary(max_size=200), max_size=4)
 
 
 def message(header: FrameHeader, payload: bytes) -> Frame:
-    names = ("transfer_id", "first_block", "num_blocks", "first_layer", "num_layers", "ack_now", "encoding", "checksum")
+    names = (
+        "transfer_id",
+        "first_block",
+        "num_blocks",
+        "first_layer",
+        "num_layers",
+        "ack_now",
+        "encoding",
+        "is_last",
+        "checksum",
+    )
     return Frame(**dict(zip(names, astuple(header), strict=True)), payload=payload)
 
 
