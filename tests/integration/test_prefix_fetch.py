@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,8 +12,10 @@ import pytest
 
 from kvrelay.block_hash import layout_fingerprint
 from kvrelay.engine.simulated_model import expected_tokens
-from kvrelay.kv_transfer import lending
+from kvrelay.kv_transfer import borrowing, lending, sender
 from kvrelay.kv_transfer.borrowing import PrefixSource
+from kvrelay.kv_transfer.frame_order import LocalOrder
+from kvrelay.kv_transfer.peer import Peer
 from kvrelay.v1 import common_pb2
 from tests.support.eventually import eventually
 from tests.support.worker_link import open_link, over
@@ -114,13 +117,57 @@ async def test_who_stops_waiting_leaves_nothing_behind() -> None:
         pair.p.kv.frames.open()
 
 
-async def test_a_source_that_dies_is_not_waited_for() -> None:
+class Source:
+    """Holds back what a worker sends, from the run with the number `num_free` on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_free: int) -> None:
+        self.num_runs = 0
+        self.go_on = threading.Event()
+        encode = LocalOrder.encode
+
+        def held(order: LocalOrder, *, ack_now: bool) -> bytes | None:
+            self.num_runs += 1
+            if self.num_runs > num_free:
+                self.go_on.wait()
+            return encode(order, ack_now=ack_now)
+
+        monkeypatch.setattr(LocalOrder, "encode", held)
+        monkeypatch.setattr(sender, "_LOCAL_RUN_BYTES", 1)  # A run for each block.
+        monkeypatch.setattr(borrowing, "_WAIT_S", 60.0)
+
+
+async def test_a_source_that_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_pair() as pair:
         turn = await first_turn(pair)
-        pair.p.kv.frames.shut()
-        waiting = asyncio.create_task(borrow(pair, turn))
-        await eventually(lambda: pair.p.kv.frames.num_arrived)
-        pair.d.host.lender.close()
-        pair.p.kv.frames.open()
-        async with asyncio.timeout(5):
-            await waiting
+        source = Source(monkeypatch, num_free=0)
+        try:
+            waiting = asyncio.create_task(borrow(pair, turn))
+            await eventually(lambda: source.num_runs and pair.p.status().store.num_reserved, "a block would be sent")
+            pair.d.host.lender.close()
+            async with asyncio.timeout(5):
+                await waiting
+            assert pair.p.status().store.num_reserved == 0
+        finally:
+            source.go_on.set()
+
+
+async def test_a_source_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its streams break, and it says nothing any more."""
+    async with open_pair() as pair:
+        turn = await first_turn(pair)
+        source = Source(monkeypatch, num_free=1)
+        try:
+            waiting = asyncio.create_task(borrow(pair, turn))
+            await eventually(lambda: pair.p.kv.frames.num_arrived and source.num_runs > 1, "one block has come")
+
+            async def unsaid(_peer: Peer, _transfer_id: int) -> int:
+                return 0
+
+            monkeypatch.setattr(Peer, "commit", unsaid)
+            monkeypatch.setattr(Peer, "commit_soon", lambda _peer, _transfer_id: None)
+            await pair.d.host.peers.close()
+            async with asyncio.timeout(5):
+                await waiting
+            assert pair.p.status().store.num_reserved == 0
+        finally:
+            source.go_on.set()
