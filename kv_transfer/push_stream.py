@@ -117,6 +117,8 @@ class PushStreams:
                 stream = _Stream(self._orders, order, self._on_sent, self._method)
                 call = push(stream.frames())
                 self._calls.add(call)
+                if self._closing:  # `close` may have looked at the calls already.
+                    call.cancel()
                 error = self._read(call)
                 stream.over = True
                 self._calls.discard(call)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.kv_transfer import push_stream
-from kvrelay.kv_transfer.push_stream import _ASK, _LAST, _UNASKED_BYTES, _UNASKED_S, Outgoing, _Stream, ignore_sent
-from kvrelay.v1.kv_transfer_pb2 import Frame, LocalRun
+from kvrelay.kv_transfer.push_stream import (
+    _ASK,
+    _LAST,
+    _UNASKED_BYTES,
+    _UNASKED_S,
+    Outgoing,
+    PushStreams,
+    _Stream,
+    ignore_sent,
+)
+from kvrelay.v1.kv_transfer_pb2 import Frame, FrameAcks, LocalRun
 
 LAST = _LAST["Push"]
 Queue = queue.SimpleQueue[Outgoing | None]
@@ -253,3 +266,38 @@ def test_only_messages_that_carry_blocks_are_measured(orders: Queue, clock: Cloc
     clock.now_s += 0.25
     list(frames)
     assert sent == [(len("abc"), 0.25)]
+
+
+class Call:
+    """Goes on until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self.is_cancelled.set()
+
+    def __iter__(self) -> Iterator[FrameAcks]:
+        assert self.is_cancelled.wait(20)
+        return iter(())
+
+
+async def test_a_call_that_begins_while_the_streams_close_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, begins, go_on = Call(), threading.Event(), threading.Event()
+
+    def push(_frames: Iterator[bytes]) -> Call:
+        begins.set()
+        go_on.wait()
+        return call
+
+    channel = SimpleNamespace(stream_stream=lambda *_, **__: push)
+    monkeypatch.setattr(grpc, "insecure_channel", lambda *_, **__: contextlib.nullcontext(channel))
+    streams = PushStreams("nobody:1", "Push", 1, lambda _: None)
+    streams.put(Order("a"))
+    await asyncio.to_thread(begins.wait)
+    closing = asyncio.create_task(streams.close())
+    await asyncio.sleep(0)
+    go_on.set()
+    await closing
+    assert call.is_cancelled.is_set()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-Push-nobody")]
