@@ -144,10 +144,6 @@ def test_a_stream_asks_although_the_frame_that_should_have_is_not_wanted_any_mor
     assert list(stream_of(orders, Order("a")).frames()) == [b"a", _ASK, LAST]
 
 
-def test_a_stream_that_sent_nothing_asks_for_nothing(orders: Queue, clock: Clock) -> None:
-    assert list(stream_of(orders, dropped("a")).frames()) == [LAST]
-
-
 def test_a_frame_that_is_not_wanted_any_more_does_not_count_as_having_asked(orders: Queue, clock: Clock) -> None:
     large = dropped("b")
     large.num_bytes = _UNASKED_BYTES
