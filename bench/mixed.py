@@ -25,16 +25,15 @@ from bench.vllm_server import vllm_server
 from kvrelay.models import default_cache_dir, resolve_model
 
 ENGINE_OPTIONS = ("--max-model-len", "4096")
-VLLM_OPTIONS = (*ENGINE_OPTIONS, "--enforce-eager")
 STALL_S = 0.1
 
 Servers = AbstractContextManager[Sequence[Server]]
 
 
 @contextlib.contextmanager
-def pair() -> Iterator[Sequence[Server]]:
-    """`kvrelay up` as it is."""
-    with measured_cluster(engine_options=ENGINE_OPTIONS) as cluster:
+def pair(*options: str) -> Iterator[Sequence[Server]]:
+    """`kvrelay up` with these options of its engines."""
+    with measured_cluster(engine_options=options) as cluster:
         yield [Server(url=cluster.http_url, model=cluster.model)]
 
 
@@ -42,17 +41,18 @@ def pair() -> Iterator[Sequence[Server]]:
 def vllm(model: str, cores: Sequence[Sequence[int]], *options: str) -> Iterator[Sequence[Server]]:
     """A server for each element of `cores`."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(vllm_server(model, some, (*VLLM_OPTIONS, *options))) for some in cores]
+        yield [stack.enter_context(vllm_server(model, some, options)) for some in cores]
 
 
-def all_arms(model: str) -> dict[str, Callable[[], Servers]]:
-    """Name -> what starts it. Uses two cores."""
+def all_arms(model: str, mode: str) -> dict[str, Callable[[], Servers]]:
+    """Name -> what starts it, given vLLM's option for compiled or eager engines. Uses two cores."""
     cores = sorted(os.sched_getaffinity(0))[:2]
+    options = (*ENGINE_OPTIONS, mode)
     return {
-        "pair": pair,
-        "one_vllm": lambda: vllm(model, [cores]),
-        "one_vllm_chunks": lambda: vllm(model, [cores], "--max-num-batched-tokens", "256"),
-        "two_vllm": lambda: vllm(model, [[core] for core in cores]),
+        "pair": lambda: pair(*options),
+        "one_vllm": lambda: vllm(model, [cores], *options),
+        "one_vllm_chunks": lambda: vllm(model, [cores], *options, "--max-num-batched-tokens", "256"),
+        "two_vllm": lambda: vllm(model, [[core] for core in cores], *options),
     }
 
 
@@ -78,13 +78,16 @@ def row(name: str, measured: Measured) -> dict[str, Any]:
 def main() -> None:
     """Measure and report."""
     model = resolve_model("", default_cache_dir(dict(os.environ)))
-    arms = all_arms(model.path)
+    names = list(all_arms(model.path, ""))
     options = parser((__doc__ or "").splitlines()[0])
     options.add_argument("--seconds", type=float, default=60.0, metavar="S", help="measured, of each arm (%(default)s)")
-    options.add_argument("--arms", nargs="+", choices=arms, default=list(arms), metavar="ARM", help="some of the arms")
+    options.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM", help="some of the arms")
+    options.add_argument("--compile", action="store_true", help="compiled engines: faster, a start takes minutes")
     args = options.parse_args()
     load = Load(seconds=args.seconds)
-    report = Report("mixed", {"model": model.served_name, "dtype": "bfloat16", **asdict(load)})
+    config = {"model": model.served_name, "dtype": "bfloat16", "compiled": args.compile, **asdict(load)}
+    report = Report("mixed", config)
+    arms = all_arms(model.path, "--no-enforce-eager" if args.compile else "--enforce-eager")
     for name in args.arms:
         with arms[name]() as servers:
             report.rows.append(row(name, asyncio.run(apply(load, servers))))

@@ -21,8 +21,8 @@ MAX_STREAMS = 256
 """At a time: each takes a thread while it is open, and senders close those that they do not use. More are refused."""
 
 _WINDOW_BYTES = 16 << 20
-"""What may come ahead of the frame that is read. With 4 MiB large frames were measured to be a sixth slower; left to itself
-gRPC lets in up to 115 MiB for a thread that is slow, and is no faster."""
+"""What may come ahead of the frame that is read. With 4 MiB large frames were measured to be a sixth slower; left to
+itself gRPC lets in up to 115 MiB for a thread that is slow, and is no faster."""
 _HEADER_BYTES = 64 << 10
 """What a message may have beside a frame's payload, with room to spare."""
 _STOP_S = 2.0
