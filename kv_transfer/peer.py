@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
+import structlog
 
 from kvrelay import grpc_options
 from kvrelay.kv_transfer.collecting import Collecting
@@ -22,6 +23,8 @@ from kvrelay.kv_transfer.link_coder import LinkCoder
 from kvrelay.kv_transfer.push_stream import AckHandler, PushStreams, ignore_sent
 from kvrelay.kv_transfer.wire import FRAME_BYTES, SERVICE
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
+
+_log = structlog.get_logger(__name__)
 
 DEFAULT_STREAMS = 2
 """To each peer. More were not faster on two cores; one leaves a core idle while it waits."""
@@ -93,6 +96,7 @@ class Peer:
         self._streams: dict[_Way, PushStreams] = {}
         self._listeners: dict[int, _Listener] = {}
         self._ack_s = time.monotonic()
+        self._told: set[str] = set()
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
         """Raises `PeerError` and `LayoutRefusedError`."""
@@ -173,6 +177,9 @@ class Peer:
         self._streams[way].put(order)
 
     def _note(self, want: kv_transfer_pb2.Want, order: FrameOrder, transport: str) -> _Listener | None:
+        if transport not in self._told:
+            self._told.add(transport)
+            _log.info("KV blocks go", address=self.address, transport=transport)
         self._counters[f"bytes_pushed_{transport}"] += order.num_bytes
         listener = self._listeners.get(want.transfer_id)
         if listener is not None:

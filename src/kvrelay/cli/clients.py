@@ -26,7 +26,7 @@ AddressOption = Annotated[
 ]
 ModelOption = Annotated[str, typer.Option(metavar="NAME", help="Needed only when several models are served.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of the answer. Default: what the context holds.")
+    int | None, typer.Option(min=1, help="Most tokens of the answer. Without it: what the context holds.")
 ]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="0 always takes the most likely token. Default: the model's own.")

@@ -17,6 +17,7 @@ from kvrelay.cli.parsing import (
     parse_addresses,
     parse_engine_args,
     parse_size,
+    parse_store_size,
 )
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.transport import KvTransport
@@ -107,7 +108,7 @@ KvHostBytesOption = Annotated[
     int,
     typer.Option(
         "--kv-host-bytes",
-        parser=parse_size,
+        parser=parse_store_size,
         metavar="SIZE",
         show_default="2GiB",
         rich_help_panel=MODEL,
@@ -119,8 +120,9 @@ KvCompressionOption = Annotated[
     typer.Option(
         "--kv-compression",
         rich_help_panel=MODEL,
-        help="KV blocks on the network: none, lossless, auto (lossless where the link is slower than that), or fp8,"
-        " which changes what the model computes and must be given to all workers.",
+        help="Of KV blocks sent over gRPC; on one machine and through process groups they go as they are. none,"
+        " lossless, auto (lossless where the link is slower than that), or fp8, which changes what the model"
+        " computes and must be given to all workers.",
     ),
 ]
 KvDiskBytesOption = Annotated[

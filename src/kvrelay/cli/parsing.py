@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import typer
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - only where a person asks for it
+_SMALLEST_STORE_BYTES = 1 << 20
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -67,6 +68,16 @@ def parse_size(text: str | int) -> int:
     number, unit, binary = match.groups()
     decimal = text.strip().upper().endswith("B") and unit and not binary
     return int(float(number) * (1000 if decimal else 1024) ** _EXPONENT[unit.upper()])
+
+
+def parse_store_size(text: str | int) -> int:
+    """Like `parse_size`, for memory that must hold some KV blocks at least. Raises `typer.BadParameter`."""
+    size = parse_size(text)
+    if size < _SMALLEST_STORE_BYTES:
+        raise typer.BadParameter(
+            f"{text} is too little: a block takes some hundred KiB to some MiB; give 16MiB or more"
+        )
+    return size
 
 
 def parse_engine_args(text: str) -> EngineArgs:

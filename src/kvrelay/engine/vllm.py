@@ -196,7 +196,9 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
     try:
         args = parser.parse_args([*defaults, *config.options])
     except (SystemExit, argparse.ArgumentError, ValueError) as error:
-        raise EngineOptionError(f"vLLM does not take the options {' '.join(config.options)}: {error}") from error
+        # The parser has printed what it does not like before it leaves with a number.
+        reason = "see above" if isinstance(error, SystemExit) else error
+        raise EngineOptionError(f"vLLM does not take the options {' '.join(config.options)}: {reason}") from error
     engine_args = AsyncEngineArgs.from_cli_args(args)
     if current_platform.is_cpu() and engine_args.tensor_parallel_size == 1:
         # A process for the only rank polls for a second after every step, on a core that others use as well.

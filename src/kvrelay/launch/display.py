@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 _TAIL_LINES = 20
 
 
@@ -89,9 +91,12 @@ def how_ended(status: int) -> str:
 
 
 def log_tail(path: Path) -> str:
-    """The last lines of a log file."""
+    """The last lines of a log file, and before them the first error in it: what ends a process is often its echo."""
     try:
         with path.open(errors="replace") as log:
-            return "".join(deque(log, _TAIL_LINES)).rstrip()
+            error = next((match.group() for line in log if (match := _ERROR.search(line))), "")
+            log.seek(0)
+            tail = "".join(deque(log, _TAIL_LINES)).rstrip()
     except OSError:
         return ""
+    return tail if not error or error in tail else f"{error}\n[...]\n{tail}"

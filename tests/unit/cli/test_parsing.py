@@ -3,7 +3,14 @@
 import pytest
 import typer
 
-from kvrelay.cli.parsing import check_engine_options, parse_address, parse_addresses, parse_engine_args, parse_size
+from kvrelay.cli.parsing import (
+    check_engine_options,
+    parse_address,
+    parse_addresses,
+    parse_engine_args,
+    parse_size,
+    parse_store_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +58,9 @@ def test_engine_options_in_one_string() -> None:
         parse_engine_args("--dtype 'float32")
     with pytest.raises(typer.BadParameter, match="has to begin with an option"):
         parse_engine_args("float32")
+
+
+def test_a_store_that_could_hold_nothing_is_refused() -> None:
+    assert parse_store_size("16MiB") == 16 << 20
+    with pytest.raises(typer.BadParameter, match="1KiB is too little"):
+        parse_store_size("1KiB")
