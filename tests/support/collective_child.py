@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from kvrelay import logs
 from tests.support.collective_pair import FaultyCollectives, receiving, sending
 from tests.support.eventually import eventually
 from tests.support.kv_pair import push_of, whole
@@ -38,4 +39,5 @@ async def _send(address: str) -> None:
 
 
 if __name__ == "__main__":
+    logs.configure()  # To stderr: what is printed is read.
     asyncio.run(_send(sys.argv[1]) if len(sys.argv) > 1 else _receive())

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvrelay import logs
 from kvrelay.kv_transfer.peer import Peers
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.receiver import Receiver
@@ -198,4 +199,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logs.configure()  # To stderr: what is printed is read.
     main()
