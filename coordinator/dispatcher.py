@@ -10,7 +10,8 @@ import structlog
 
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
-from kvrelay.coordinator.scheduler import RequestShape, plan
+from kvrelay.coordinator.scheduler.view import RequestShape
+from kvrelay.coordinator.scheduler_old import plan
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import (

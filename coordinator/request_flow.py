@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvrelay.coordinator.handoff_params import decode_params, exact_on_prefill, prefill_params
 from kvrelay.coordinator.request_trace import RequestTrace
-from kvrelay.coordinator.scheduler import Plan
+from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.v1 import common_pb2, worker_pb2
 

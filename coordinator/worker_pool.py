@@ -9,7 +9,7 @@ from typing import Protocol
 
 import structlog
 
-from kvrelay.coordinator.scheduler import WorkerView
+from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.errors import WorkerLostError
 from kvrelay.v1 import cluster_pb2, worker_pb2

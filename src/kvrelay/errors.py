@@ -11,11 +11,13 @@ import grpc
 class KvrelayError(Exception):
     """Base of all errors that a client may see. The message is written for the client."""
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         """The request's field that is wrong, where one is."""
+        self.retry_after_s = retry_after_s
+        """When another attempt may succeed, where that can be told."""
 
 
 class InvalidRequestError(KvrelayError):

@@ -24,21 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/cluster.proto\x12\nkvrelay.v1\"\xb5\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvrelay.v1.WorkerState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12$\n\x06layout\x18\x06 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x1c\n\x14max_model_len_tokens\x18\x07 \x01(\r\x12\x19\n\x11num_engine_blocks\x18\x08 \x01(\r\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x13\n\x0bincarnation\x18\x0b \x01(\t\x12\x17\n\x0fstarted_unix_ns\x18\x0c \x01(\x06\"q\n\x0f\x43oordinatorInfo\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x10\n\x08http_url\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\"\xa9\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x15\n\rhead_elements\x18\x05 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x08 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/cluster.proto\x12\nkvrelay.v1\"\xe3\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.kvrelay.v1.WorkerState\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12$\n\x06layout\x18\x06 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x1c\n\x14max_model_len_tokens\x18\x07 \x01(\r\x12\x19\n\x11num_engine_blocks\x18\x08 \x01(\r\x12\x0e\n\x06\x65ngine\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x13\n\x0bincarnation\x18\x0b \x01(\t\x12\x17\n\x0fstarted_unix_ns\x18\x0c \x01(\x06\x12\x0e\n\x06weight\x18\r \x01(\x01\x12\x1c\n\x14max_running_requests\x18\x0e \x01(\r\"\xa1\x01\n\x0f\x43oordinatorInfo\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x10\n\x08http_url\x18\x02 \x01(\t\x12\x14\n\x0cgrpc_address\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x14\n\x0cown_http_url\x18\x06 \x01(\t\x12\x18\n\x10own_grpc_address\x18\x07 \x01(\t\"H\n\x0bPrefixDelta\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x0c\x12\x19\n\x11published_unix_ns\x18\x03 \x01(\x06\"\xca\x01\n\tStepTimes\x12\x17\n\x0fprefill_fixed_s\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x02 \x01(\x01\x12\x16\n\x0eprefill_pair_s\x18\x03 \x01(\x01\x12\x14\n\x0cnum_prefills\x18\x04 \x01(\x04\x12\x14\n\x0cstep_fixed_s\x18\x05 \x01(\x01\x12\x16\n\x0estep_request_s\x18\x06 \x01(\x01\x12\x1c\n\x14step_context_token_s\x18\x07 \x01(\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\"\xa9\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x15\n\rhead_elements\x18\x05 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x08 \x01(\t*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\r\n\tROLE_BOTH\x10\x03*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=639
-  _globals['_ROLE']._serialized_end=702
-  _globals['_WORKERSTATE']._serialized_start=704
-  _globals['_WORKERSTATE']._serialized_end=798
+  _globals['_ROLE']._serialized_start=1013
+  _globals['_ROLE']._serialized_end=1091
+  _globals['_WORKERSTATE']._serialized_start=1093
+  _globals['_WORKERSTATE']._serialized_end=1187
   _globals['_WORKERINFO']._serialized_start=41
-  _globals['_WORKERINFO']._serialized_end=350
-  _globals['_COORDINATORINFO']._serialized_start=352
-  _globals['_COORDINATORINFO']._serialized_end=465
-  _globals['_KVLAYOUT']._serialized_start=468
-  _globals['_KVLAYOUT']._serialized_end=637
+  _globals['_WORKERINFO']._serialized_end=396
+  _globals['_COORDINATORINFO']._serialized_start=399
+  _globals['_COORDINATORINFO']._serialized_end=560
+  _globals['_PREFIXDELTA']._serialized_start=562
+  _globals['_PREFIXDELTA']._serialized_end=634
+  _globals['_STEPTIMES']._serialized_start=637
+  _globals['_STEPTIMES']._serialized_end=839
+  _globals['_KVLAYOUT']._serialized_start=842
+  _globals['_KVLAYOUT']._serialized_end=1011
 # @@protoc_insertion_point(module_scope)

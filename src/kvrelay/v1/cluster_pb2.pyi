@@ -26,6 +26,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     ROLE_PREFILL: _Role.ValueType  # 1
     ROLE_DECODE: _Role.ValueType  # 2
+    ROLE_BOTH: _Role.ValueType  # 3
+    """Does either, as the plan of each request says."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """The records held in etcd, and what they consist of."""
@@ -33,6 +35,8 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 ROLE_PREFILL: Role.ValueType  # 1
 ROLE_DECODE: Role.ValueType  # 2
+ROLE_BOTH: Role.ValueType  # 3
+"""Does either, as the plan of each request says."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _WorkerState:
@@ -72,6 +76,8 @@ class WorkerInfo(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     STARTED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -88,6 +94,10 @@ class WorkerInfo(_message.Message):
     incarnation: _builtins.str
     """Random per process: tells a restarted worker from its predecessor."""
     started_unix_ns: _builtins.int
+    weight: _builtins.float
+    """Share of the load that the policy "weighted" gives it, relative to others; 1 when 0."""
+    max_running_requests: _builtins.int
+    """Sequences that the engine computes at a time; 0 when unknown."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     def __init__(
@@ -105,10 +115,12 @@ class WorkerInfo(_message.Message):
         version: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         started_unix_ns: _builtins.int = ...,
+        weight: _builtins.float = ...,
+        max_running_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_model_len_tokens", b"max_model_len_tokens", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_model_len_tokens", b"max_model_len_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "weight", b"weight", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,6 +137,8 @@ class CoordinatorInfo(_message.Message):
     GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    OWN_HTTP_URL_FIELD_NUMBER: _builtins.int
+    OWN_GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
     coordinator_id: _builtins.str
     http_url: _builtins.str
     """Base URL of the OpenAI API, without /v1."""
@@ -132,6 +146,9 @@ class CoordinatorInfo(_message.Message):
     """host:port of the Inference service."""
     model: _builtins.str
     version: _builtins.str
+    own_http_url: _builtins.str
+    """The same two for this process alone: replicas of one coordinator share the ones above."""
+    own_grpc_address: _builtins.str
     def __init__(
         self,
         *,
@@ -140,14 +157,96 @@ class CoordinatorInfo(_message.Message):
         grpc_address: _builtins.str = ...,
         model: _builtins.str = ...,
         version: _builtins.str = ...,
+        own_http_url: _builtins.str = ...,
+        own_grpc_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "grpc_address", b"grpc_address", "http_url", b"http_url", "model", b"model", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "grpc_address", b"grpc_address", "http_url", b"http_url", "model", b"model", "own_grpc_address", b"own_grpc_address", "own_http_url", b"own_http_url", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CoordinatorInfo: _TypeAlias = CoordinatorInfo  # noqa: Y015
+
+@_typing.final
+class PrefixDelta(_message.Message):
+    """Key: /kvrelay/<cluster>/prefix/<worker_id>/<log>/<seq>, under the worker's lease. A log is what a worker wrote under one
+    lease, in the order of <seq> (8 hex digits). All blocks that the deltas of a log add and do not remove again are there.
+    Deltas are replaced by fewer ones of the same outcome from time to time. A log whose last key is gone is gone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    PUBLISHED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    added: _builtins.bytes
+    """The first 8 bytes of each block hash, one after the other."""
+    removed: _builtins.bytes
+    published_unix_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        added: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+        published_unix_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "published_unix_ns", b"published_unix_ns", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixDelta: _TypeAlias = PrefixDelta  # noqa: Y015
+
+@_typing.final
+class StepTimes(_message.Message):
+    """How long an engine takes for its work, fitted to what it did lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIXED_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_S_FIELD_NUMBER: _builtins.int
+    PREFILL_PAIR_S_FIELD_NUMBER: _builtins.int
+    NUM_PREFILLS_FIELD_NUMBER: _builtins.int
+    STEP_FIXED_S_FIELD_NUMBER: _builtins.int
+    STEP_REQUEST_S_FIELD_NUMBER: _builtins.int
+    STEP_CONTEXT_TOKEN_S_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    prefill_fixed_s: _builtins.float
+    """To compute n tokens of a prompt behind c tokens whose KV is there already takes
+    prefill_fixed_s + prefill_token_s * n + prefill_pair_s * n * (c + n / 2).
+    """
+    prefill_token_s: _builtins.float
+    prefill_pair_s: _builtins.float
+    num_prefills: _builtins.int
+    """What the fit rests on; 0 when the figures are a guess."""
+    step_fixed_s: _builtins.float
+    """One decode step of r sequences with t tokens of context in all takes
+    step_fixed_s + step_request_s * r + step_context_token_s * t.
+    """
+    step_request_s: _builtins.float
+    step_context_token_s: _builtins.float
+    num_steps: _builtins.int
+    def __init__(
+        self,
+        *,
+        prefill_fixed_s: _builtins.float = ...,
+        prefill_token_s: _builtins.float = ...,
+        prefill_pair_s: _builtins.float = ...,
+        num_prefills: _builtins.int = ...,
+        step_fixed_s: _builtins.float = ...,
+        step_request_s: _builtins.float = ...,
+        step_context_token_s: _builtins.float = ...,
+        num_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_prefills", b"num_prefills", "num_steps", b"num_steps", "prefill_fixed_s", b"prefill_fixed_s", "prefill_pair_s", b"prefill_pair_s", "prefill_token_s", b"prefill_token_s", "step_context_token_s", b"step_context_token_s", "step_fixed_s", b"step_fixed_s", "step_request_s", b"step_request_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTimes: _TypeAlias = StepTimes  # noqa: Y015
 
 @_typing.final
 class KvLayout(_message.Message):

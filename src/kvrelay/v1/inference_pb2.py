@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/inference.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\x89\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.kvrelay.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x18\n\x10include_timeline\x18\t \x01(\x08\x42\x08\n\x06prompt\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvrelay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc7\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12&\n\x08timeline\x18\t \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x32\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"a\n\rTokenLogprobs\x12)\n\x07sampled\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.kvrelay.v1.TokenLogprob\"N\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.kvrelay.v1.Model\"3\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x14max_model_len_tokens\x18\x02 \x01(\r\"\x93\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.kvrelay.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1c\n\x14max_model_len_tokens\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb5\x02\n\tInference\x12G\n\x08Generate\x12\x1b.kvrelay.v1.GenerateRequest\x1a\x1c.kvrelay.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.kvrelay.v1.ListModelsRequest\x1a\x1e.kvrelay.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.kvrelay.v1.TokenizeRequest\x1a\x1c.kvrelay.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.kvrelay.v1.DetokenizeRequest\x1a\x1e.kvrelay.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/v1/inference.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xd6\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.kvrelay.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x18\n\x10include_timeline\x18\t \x01(\x08\x12$\n\x07targets\x18\n \x01(\x0b\x32\x13.kvrelay.v1.Targets\x12\x15\n\rrequest_class\x18\x0b \x01(\t\x12\x0e\n\x06tenant\x18\x0c \x01(\tB\x08\n\x06prompt\"G\n\x07Targets\x12\x13\n\x06ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05itl_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_ttft_sB\x08\n\x06_itl_s\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvrelay.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc7\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x07 \x01(\t\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.kvrelay.v1.Usage\x12&\n\x08timeline\x18\t \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x32\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\"a\n\rTokenLogprobs\x12)\n\x07sampled\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.kvrelay.v1.TokenLogprob\"N\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.kvrelay.v1.Model\"3\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x14max_model_len_tokens\x18\x02 \x01(\r\"\x93\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.kvrelay.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1c\n\x14max_model_len_tokens\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xdc\x01\n\x08\x44\x65\x63ision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x19\n\x11prefill_worker_id\x18\x03 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r\x12\x10\n\x08queued_s\x18\x07 \x01(\x01\x12\x0f\n\x07unix_ns\x18\x08 \x01(\x06\x12)\n\ncandidates\x18\t \x03(\x0b\x32\x15.kvrelay.v1.Candidate\"\xec\x01\n\tCandidate\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x02 \x01(\t\x12\x0e\n\x06ttft_s\x18\x03 \x01(\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\r\n\x05itl_s\x18\x07 \x01(\x01\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x19\n\x11num_stored_tokens\x18\t \x01(\r\x12\x0c\n\x04\x63ost\x18\n \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x0b \x01(\t2\xf2\x02\n\tInference\x12G\n\x08Generate\x12\x1b.kvrelay.v1.GenerateRequest\x1a\x1c.kvrelay.v1.GenerateResponse0\x01\x12K\n\nListModels\x12\x1d.kvrelay.v1.ListModelsRequest\x1a\x1e.kvrelay.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.kvrelay.v1.TokenizeRequest\x1a\x1c.kvrelay.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.kvrelay.v1.DetokenizeRequest\x1a\x1e.kvrelay.v1.DetokenizeResponse\x12;\n\x07\x45xplain\x12\x1a.kvrelay.v1.ExplainRequest\x1a\x14.kvrelay.v1.Decisionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,33 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.inference_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=68
-  _globals['_GENERATEREQUEST']._serialized_end=333
-  _globals['_CHAT']._serialized_start=335
-  _globals['_CHAT']._serialized_end=384
-  _globals['_CHATMESSAGE']._serialized_start=386
-  _globals['_CHATMESSAGE']._serialized_end=430
-  _globals['_GENERATERESPONSE']._serialized_start=433
-  _globals['_GENERATERESPONSE']._serialized_end=760
-  _globals['_TOKENLOGPROBS']._serialized_start=762
-  _globals['_TOKENLOGPROBS']._serialized_end=859
-  _globals['_TOKENLOGPROB']._serialized_start=861
-  _globals['_TOKENLOGPROB']._serialized_end=939
-  _globals['_USAGE']._serialized_start=941
-  _globals['_USAGE']._serialized_end=998
-  _globals['_LISTMODELSREQUEST']._serialized_start=1000
-  _globals['_LISTMODELSREQUEST']._serialized_end=1019
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1021
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1076
-  _globals['_MODEL']._serialized_start=1078
-  _globals['_MODEL']._serialized_end=1129
-  _globals['_TOKENIZEREQUEST']._serialized_start=1132
-  _globals['_TOKENIZEREQUEST']._serialized_end=1279
-  _globals['_TOKENIZERESPONSE']._serialized_start=1281
-  _globals['_TOKENIZERESPONSE']._serialized_end=1348
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1350
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1403
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1405
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1439
-  _globals['_INFERENCE']._serialized_start=1442
-  _globals['_INFERENCE']._serialized_end=1751
+  _globals['_GENERATEREQUEST']._serialized_end=410
+  _globals['_TARGETS']._serialized_start=412
+  _globals['_TARGETS']._serialized_end=483
+  _globals['_CHAT']._serialized_start=485
+  _globals['_CHAT']._serialized_end=534
+  _globals['_CHATMESSAGE']._serialized_start=536
+  _globals['_CHATMESSAGE']._serialized_end=580
+  _globals['_GENERATERESPONSE']._serialized_start=583
+  _globals['_GENERATERESPONSE']._serialized_end=910
+  _globals['_TOKENLOGPROBS']._serialized_start=912
+  _globals['_TOKENLOGPROBS']._serialized_end=1009
+  _globals['_TOKENLOGPROB']._serialized_start=1011
+  _globals['_TOKENLOGPROB']._serialized_end=1089
+  _globals['_USAGE']._serialized_start=1091
+  _globals['_USAGE']._serialized_end=1148
+  _globals['_LISTMODELSREQUEST']._serialized_start=1150
+  _globals['_LISTMODELSREQUEST']._serialized_end=1169
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1171
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1226
+  _globals['_MODEL']._serialized_start=1228
+  _globals['_MODEL']._serialized_end=1279
+  _globals['_TOKENIZEREQUEST']._serialized_start=1282
+  _globals['_TOKENIZEREQUEST']._serialized_end=1429
+  _globals['_TOKENIZERESPONSE']._serialized_start=1431
+  _globals['_TOKENIZERESPONSE']._serialized_end=1498
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1500
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1553
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1555
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1589
+  _globals['_EXPLAINREQUEST']._serialized_start=1591
+  _globals['_EXPLAINREQUEST']._serialized_end=1627
+  _globals['_DECISION']._serialized_start=1630
+  _globals['_DECISION']._serialized_end=1850
+  _globals['_CANDIDATE']._serialized_start=1853
+  _globals['_CANDIDATE']._serialized_end=2089
+  _globals['_INFERENCE']._serialized_start=2092
+  _globals['_INFERENCE']._serialized_end=2462
 # @@protoc_insertion_point(module_scope)

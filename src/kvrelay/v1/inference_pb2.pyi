@@ -32,6 +32,9 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     INCLUDE_TIMELINE_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    REQUEST_CLASS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """May be left empty when the cluster serves one model."""
     text: _builtins.str
@@ -43,12 +46,20 @@ class GenerateRequest(_message.Message):
     """Lower is served earlier; 0 when absent."""
     include_timeline: _builtins.bool
     """Asks for the timeline."""
+    request_class: _builtins.str
+    """"interactive", "standard" or "batch"; "standard" when empty."""
+    tenant: _builtins.str
+    """Whom the request counts for: tenants share the cluster evenly by tokens. At most 128 characters."""
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds: ...
     @_builtins.property
     def chat(self) -> Global___Chat: ...
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
+    @_builtins.property
+    def targets(self) -> Global___Targets:
+        """What the request should keep to; its class says it where this does not."""
+
     def __init__(
         self,
         *,
@@ -61,16 +72,50 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
         include_timeline: _builtins.bool = ...,
+        targets: Global___Targets | None = ...,
+        request_class: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "targets", b"targets", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_timeline", b"include_timeline", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_timeline", b"include_timeline", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "targets", b"targets", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Targets(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    ttft_s: _builtins.float
+    """Most seconds to the first token: a request that cannot meet it is refused at once, RESOURCE_EXHAUSTED."""
+    itl_s: _builtins.float
+    """Most seconds between two tokens."""
+    def __init__(
+        self,
+        *,
+        ttft_s: _builtins.float | None = ...,
+        itl_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s", "_ttft_s", b"_ttft_s", "itl_s", b"itl_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s", "_ttft_s", b"_ttft_s", "itl_s", b"itl_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__itl_s: _TypeAlias = _typing.Literal["itl_s"]  # noqa: Y015
+    _WhichOneofArgType__itl_s: _TypeAlias = _typing.Literal["_itl_s", b"_itl_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__itl_s) -> _WhichOneofReturnType__itl_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___Targets: _TypeAlias = Targets  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
@@ -415,3 +460,130 @@ class DetokenizeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class Decision(_message.Message):
+    """Where a request was sent, and what the other ways would have cost as far as they were looked at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUED_S_FIELD_NUMBER: _builtins.int
+    UNIX_NS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    policy: _builtins.str
+    prefill_worker_id: _builtins.str
+    """Empty: the decode worker computed the prompt itself."""
+    decode_worker_id: _builtins.str
+    reason: _builtins.str
+    """One sentence."""
+    num_prompt_tokens: _builtins.int
+    queued_s: _builtins.float
+    """Spent in the coordinator's queue before."""
+    unix_ns: _builtins.int
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """The chosen one first, the others by their cost."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        prefill_worker_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        queued_s: _builtins.float = ...,
+        unix_ns: _builtins.int = ...,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "decode_worker_id", b"decode_worker_id", "num_prompt_tokens", b"num_prompt_tokens", "policy", b"policy", "prefill_worker_id", b"prefill_worker_id", "queued_s", b"queued_s", "reason", b"reason", "request_id", b"request_id", "unix_ns", b"unix_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Candidate(_message.Message):
+    """One way to serve a request. Seconds are predictions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    ITL_S_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_STORED_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    EXCLUDED_FIELD_NUMBER: _builtins.int
+    prefill_worker_id: _builtins.str
+    decode_worker_id: _builtins.str
+    ttft_s: _builtins.float
+    """wait_s + prefill_s + transfer_s."""
+    wait_s: _builtins.float
+    """For what the worker has to compute before."""
+    prefill_s: _builtins.float
+    transfer_s: _builtins.float
+    """What of the transfer is not hidden behind the computing."""
+    itl_s: _builtins.float
+    num_cached_tokens: _builtins.int
+    """Of the prompt, stored at the worker that would compute it and at the decode worker."""
+    num_stored_tokens: _builtins.int
+    cost: _builtins.float
+    """What the policy compares, seconds where it is "cost"."""
+    excluded: _builtins.str
+    """Why it was not to be had; empty when it was."""
+    def __init__(
+        self,
+        *,
+        prefill_worker_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        ttft_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        itl_s: _builtins.float = ...,
+        num_cached_tokens: _builtins.int = ...,
+        num_stored_tokens: _builtins.int = ...,
+        cost: _builtins.float = ...,
+        excluded: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "decode_worker_id", b"decode_worker_id", "excluded", b"excluded", "itl_s", b"itl_s", "num_cached_tokens", b"num_cached_tokens", "num_stored_tokens", b"num_stored_tokens", "prefill_s", b"prefill_s", "prefill_worker_id", b"prefill_worker_id", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015

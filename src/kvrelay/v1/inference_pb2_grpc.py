@@ -58,6 +58,11 @@ class InferenceStub(object):
                 request_serializer=kvrelay_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvrelay.v1.Inference/Explain',
+                request_serializer=kvrelay_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_inference__pb2.Decision.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -92,6 +97,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request of late went where it went. NOT_FOUND when this coordinator does not know it any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +126,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=kvrelay_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvrelay_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_inference__pb2.Decision.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -228,6 +245,33 @@ class Inference(object):
             '/kvrelay.v1.Inference/Detokenize',
             kvrelay_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             kvrelay_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.Inference/Explain',
+            kvrelay_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            kvrelay_dot_v1_dot_inference__pb2.Decision.FromString,
             options,
             channel_credentials,
             insecure,

@@ -432,6 +432,47 @@ class GetStatusRequest(_message.Message):
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
+class SetRoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    role: _cluster_pb2.Role.ValueType
+    def __init__(
+        self,
+        *,
+        role: _cluster_pb2.Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRoleRequest: _TypeAlias = SetRoleRequest  # noqa: Y015
+
+@_typing.final
+class SetRoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def worker(self) -> _cluster_pb2.WorkerInfo:
+        """The record as it is now."""
+
+    def __init__(
+        self,
+        *,
+        worker: _cluster_pb2.WorkerInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRoleResponse: _TypeAlias = SetRoleResponse  # noqa: Y015
+
+@_typing.final
 class WorkerStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -464,6 +505,11 @@ class WorkerStatus(_message.Message):
     NUM_INCOMING_TRANSFERS_FIELD_NUMBER: _builtins.int
     NUM_OUTGOING_TRANSFERS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    STEP_TIMES_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    NUM_PREFILL_JOBS_FIELD_NUMBER: _builtins.int
+    NUM_DECODE_JOBS_FIELD_NUMBER: _builtins.int
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     num_running_requests: _builtins.int
     num_waiting_requests: _builtins.int
@@ -474,11 +520,22 @@ class WorkerStatus(_message.Message):
     num_incoming_transfers: _builtins.int
     """Transfers that other workers are sending here."""
     num_outgoing_transfers: _builtins.int
+    num_prefill_jobs: _builtins.int
+    """Requests at work by what they are, from their arrival until everything of them is freed."""
+    num_decode_jobs: _builtins.int
+    num_context_tokens: _builtins.int
+    """Tokens of the sequences that the engine has: prompts and what was generated."""
     @_builtins.property
     def store(self) -> Global___BlockStoreStatus: ...
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Totals since the start."""
+
+    @_builtins.property
+    def step_times(self) -> _cluster_pb2.StepTimes: ...
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:
+        """To workers that this one has pushed to lately."""
 
     def __init__(
         self,
@@ -492,14 +549,44 @@ class WorkerStatus(_message.Message):
         num_incoming_transfers: _builtins.int = ...,
         num_outgoing_transfers: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        step_times: _cluster_pb2.StepTimes | None = ...,
+        links: _abc.Iterable[Global___LinkSpeed] | None = ...,
+        num_prefill_jobs: _builtins.int = ...,
+        num_decode_jobs: _builtins.int = ...,
+        num_context_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_times", b"step_times", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "links", b"links", "num_context_tokens", b"num_context_tokens", "num_decode_jobs", b"num_decode_jobs", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_prefill_jobs", b"num_prefill_jobs", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "step_times", b"step_times", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class LinkSpeed(_message.Message):
+    """How fast KV blocks went to another worker lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of its gRPC server."""
+    bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes_per_s", b"bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkSpeed: _TypeAlias = LinkSpeed  # noqa: Y015
 
 @_typing.final
 class BlockStoreStatus(_message.Message):

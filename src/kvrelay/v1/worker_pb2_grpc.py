@@ -45,6 +45,11 @@ class WorkerStub(object):
                 request_serializer=kvrelay_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/kvrelay.v1.Worker/SetRole',
+                request_serializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -66,6 +71,14 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
+        etcd says the new role; GetStatus tells when the rest of the old role's work is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +91,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=kvrelay_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +153,33 @@ class Worker(object):
             '/kvrelay.v1.Worker/GetStatus',
             kvrelay_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             kvrelay_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.Worker/SetRole',
+            kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class WorkerStub:
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]
     """Gauges of this moment."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]
+    """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
+    etcd says the new role; GetStatus tells when the rest of the old role's work is done.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -51,6 +55,10 @@ class WorkerAsyncStub(WorkerStub):
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]  # type: ignore[assignment]
     """Gauges of this moment."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
+    etcd says the new role; GetStatus tells when the rest of the old role's work is done.
+    """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """What a worker offers to coordinators. Workers know token ids only; text is the coordinator's."""
@@ -72,5 +80,15 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.WorkerStatus, _abc.Awaitable[_worker_pb2.WorkerStatus]]:
         """Gauges of this moment."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _worker_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SetRoleResponse, _abc.Awaitable[_worker_pb2.SetRoleResponse]]:
+        """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
+        etcd says the new role; GetStatus tells when the rest of the old role's work is done.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvrelay.coordinator.request_flow import Completion, FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
-from kvrelay.coordinator.scheduler import Plan, WorkerView
+from kvrelay.coordinator.scheduler.decision import Plan
+from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.coordinator.scheduler import RequestShape, WorkerView, plan
+from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
+from kvrelay.coordinator.scheduler_old import plan
 from kvrelay.errors import InvalidRequestError, NoWorkersError
 from kvrelay.v1 import cluster_pb2
 

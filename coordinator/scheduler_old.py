@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from kvrelay.errors import InvalidRequestError, NoWorkersError
+from kvrelay.coordinator.scheduler.decision import Plan
+from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
 from kvrelay.v1 import cluster_pb2
-
-
-@dataclass(slots=True, kw_only=True)
-class WorkerView:
-    """One connected worker as the scheduler sees it; the pool keeps the figures current."""
-
-    worker_id: str
-    role: cluster_pb2.Role.ValueType
-    model: str
-    address: str
-    fingerprint: bytes
-    block_size_tokens: int
-    max_model_len_tokens: int
-    draining: bool = False
-    num_queued_prompt_tokens: int = 0
-    """Prompt tokens given to it and not yet computed."""
-    num_running_requests: int = 0
-    """Sequences that are its to generate, those still in prefill elsewhere included."""
-    num_assigned: int = 0
-    """Requests it was ever given; breaks ties."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestShape:
-    model: str
-    num_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """`prefill` is None when the decode worker computes the prompt itself."""
-
-    prefill: WorkerView | None
-    decode: WorkerView
 
 
 def plan(request: RequestShape, workers: Iterable[WorkerView]) -> Plan:
