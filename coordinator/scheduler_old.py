@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvrelay.errors import InvalidRequestError, NoWorkersError
 from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
+from kvrelay.errors import InvalidRequestError, NoWorkersError
 from kvrelay.v1 import cluster_pb2
 
 
