@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
-_HEADERS_MOST_BYTES = 1 << 20
-_DATA = b"data: "
-_DONE = b"[DONE]"
+from kvrelay.client.http_connection import Answer
+from kvrelay.client.http_pool import HttpPool, Origin
+from kvrelay.client.replay.answer_reader import AnswerReader, error_text
 
 
 class Arrival(NamedTuple):
@@ -32,17 +33,6 @@ class Server:
     model: str
 
 
-class _Choice(msgspec.Struct):
-    token_ids: list[int] | None = None
-
-
-class _Event(msgspec.Struct):
-    choices: list[_Choice]
-
-
-_decode = msgspec.json.Decoder(_Event).decode
-
-
 class StreamError(RuntimeError):
     """The server did not answer as it should; the message has its answer."""
 
@@ -52,46 +42,45 @@ async def completion(server: Server, prompt: Sequence[int], max_tokens: int) -> 
 
     To close the iterator early ends the request. Raises `StreamError` and `OSError`.
     """
-    address = urlsplit(server.url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=_HEADERS_MOST_BYTES)
-    try:
-        writer.write(_request(server, address.netloc, prompt, max_tokens))
-        status = (await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")[0]
-        if b" 200 " not in status + b" ":
-            raise StreamError(f"{server.url} answered {status.decode()}: {(await reader.read(2000)).decode()}")
-        async for data in _events(reader):
-            num_tokens = sum(len(choice.token_ids or ()) for choice in _decode(data).choices)
-            if num_tokens:
-                yield Arrival(time.perf_counter(), num_tokens)
-    finally:
-        writer.close()
+    reader, came = AnswerReader(time.perf_counter), asyncio.Event()
+
+    def on_body(piece: bytes) -> None:
+        reader.on_body(piece)
+        came.set()
+
+    async with HttpPool(Origin.parse(server.url)) as pool:
+        exchange = asyncio.ensure_future(pool.exchange(_request(pool.origin, server, prompt, max_tokens), on_body))
+        exchange.add_done_callback(lambda _: came.set())
+        num_told = 0
+        try:
+            while not exchange.done():
+                await came.wait()
+                came.clear()
+                for at_s, num_tokens in reader.tokens_since(num_told):
+                    num_told += 1
+                    yield Arrival(at_s, num_tokens)
+            _check(server, exchange.result(), reader)
+        finally:
+            exchange.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await exchange
 
 
-def _request(server: Server, host: str, prompt: Sequence[int], max_tokens: int) -> bytes:
-    body = msgspec.json.encode(
-        {
-            "model": server.model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "return_token_ids": True,
-        }
-    )
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+def _request(origin: Origin, server: Server, prompt: Sequence[int], max_tokens: int) -> bytes:
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    return origin.request("POST", "/v1/completions", {}, msgspec.json.encode(body))
 
 
-async def _events(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The data of each server-sent event, of servers that write one as a whole.
-
-    Lines of the chunked transfer coding are no events and are passed over.
-    """
-    while line := await reader.readline():
-        if line.startswith(_DATA):
-            data = line[len(_DATA) :].strip()
-            if data == _DONE:
-                return
-            yield data
-    raise StreamError("the stream ended before it was done")
+def _check(server: Server, answer: Answer, reader: AnswerReader) -> None:
+    if answer.status != HTTPStatus.OK:
+        raise StreamError(f"{server.url} answered {answer.status}: {error_text(answer.body)}")
+    if not reader.is_done:
+        raise StreamError("the stream ended before it was done")
