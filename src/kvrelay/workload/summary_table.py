@@ -9,20 +9,19 @@ from rich.table import Table
 from kvrelay.workload.report import Percentiles, Summary, Targets
 
 _UNKNOWN = "-"
-_LATENCIES = ("ttft", "itl", "tpot", "e2e")
-_TITLES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end to end"}
-_PERCENTILES = ("mean", "p50", "p90", "p99", "max")
+TITLES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end to end"}
+PERCENTILES = ("mean", "p50", "p90", "p99", "max")
 
 
 def latency_table(summary: Summary) -> Table:
     """One row per latency."""
     table = Table(title="Latency in seconds, of completed requests", title_justify="left")
     table.add_column("")
-    for name in _PERCENTILES:
+    for name in PERCENTILES:
         table.add_column(name, justify="right")
-    for latency in _LATENCIES:
+    for latency, title in TITLES.items():
         percentiles: Percentiles = getattr(summary, f"{latency}_s")
-        table.add_row(_TITLES[latency], *(seconds(getattr(percentiles, name)) for name in _PERCENTILES))
+        table.add_row(title, *(seconds(getattr(percentiles, name)) for name in PERCENTILES))
     return table
 
 
@@ -50,7 +49,8 @@ def load_rows(summary: Summary) -> dict[str, str]:
         "prompt": rate(summary.prompt_tokens_per_s, "tokens/s"),
         "output": rate(summary.output_tokens_per_s, "tokens/s"),
         "prefix hits": share(summary.prefix_hit_rate, "of prompt tokens"),
-        f"goodput ({targets_text(goodput.targets)})": rate(goodput.requests_per_s, "requests/s"),
+        "targets": targets_text(goodput.targets),
+        "goodput": rate(goodput.requests_per_s, "requests/s"),
         "goodput share": share(goodput.share, "of requests"),
     }
 
@@ -85,7 +85,7 @@ def comparison_table(summaries: Mapping[str, Summary]) -> Table:
 
 def targets_text(targets: Targets) -> str:
     """`ttft <= 2 s, tpot <= 0.1 s`, or that there is none."""
-    limits = {name: getattr(targets, f"{name}_s") for name in _LATENCIES}
+    limits = {name: getattr(targets, f"{name}_s") for name in TITLES}
     kept = [f"{name} <= {limit:g} s" for name, limit in limits.items() if limit is not None]
     return ", ".join(kept) or "no target"
 

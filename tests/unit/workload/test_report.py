@@ -12,26 +12,9 @@ from rich.console import Console
 from kvrelay.workload.outcome import Outcome, Status
 from kvrelay.workload.report import Percentiles, Summary, Targets, summarize
 from kvrelay.workload.summary_table import comparison_table, latency_table, load_table
+from tests.support.outcomes import completed, ended
 
 _TIME_S = st.floats(min_value=0, max_value=1e4)
-
-
-def completed(
-    arrived_s: float, *token_times_s: float, num_prompt_tokens: int = 100, num_cached_tokens: int = 0
-) -> Outcome:
-    return Outcome(
-        index=0,
-        arrived_s=arrived_s,
-        status=Status.COMPLETED,
-        num_prompt_tokens=num_prompt_tokens,
-        num_cached_tokens=num_cached_tokens,
-        num_output_tokens=len(token_times_s),
-        token_times_s=token_times_s,
-    )
-
-
-def ended(arrived_s: float, status: Status, error: str = "") -> Outcome:
-    return Outcome(index=0, arrived_s=arrived_s, status=status, num_prompt_tokens=100, error=error)
 
 
 def test_latencies_count_from_when_a_request_was_due() -> None:
