@@ -22,6 +22,8 @@ class CoordinatorConfig:
     """host:port of the OpenAI API; port 0 takes a free one."""
     grpc_listen: str = default_addresses.GRPC
     """host:port of the Inference service; port 0 takes a free one."""
+    shares_ports: bool = False
+    """Other replicas listen at the same two addresses, so this one has two of its own besides."""
     advertise_host: str | None = None
     """Name under which others reach this process; where it listens when None."""
     front_end: FrontEndConfig

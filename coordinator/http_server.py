@@ -32,9 +32,11 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """A server that listens. Made by `http_server`."""
 
-    def __init__(self, server: uvicorn.Server, port: int) -> None:
+    def __init__(self, server: uvicorn.Server, port: int, own_port: int) -> None:
         self._server = server
         self.port = port
+        self.own_port = own_port
+        """At which no other process listens; `port` unless that is shared."""
 
     def begin_drain(self, drain_s: float) -> None:
         """Take no new connections from now on, let responses end for so long and cancel the rest; does not wait."""
@@ -44,12 +46,16 @@ class HttpServer:
 
 
 @contextlib.asynccontextmanager
-async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator[HttpServer]:
+async def http_server(app: Any, listen: str, *, drain_s: float, shares_port: bool = False) -> AsyncIterator[HttpServer]:
     """Serve inside this context. Leaving it drains for `drain_s`, or waits for a drain that has begun.
 
-    Raises `OSError` when the address cannot be had.
+    With `shares_port` other processes may do the same at this port: the system gives each of them a part of the
+    connections. Then a free port of the same host is served as well. Raises `OSError` when the address cannot be had.
     """
-    with _bind(listen) as listener:
+    with contextlib.ExitStack() as sockets:
+        listeners = [sockets.enter_context(bind(listen, shares_port=shares_port))]
+        if shares_port:
+            listeners.append(sockets.enter_context(bind(with_free_port(listen))))
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -62,9 +68,9 @@ async def http_server(app: Any, listen: str, *, drain_s: float) -> AsyncIterator
         )
         server = _Server(config)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(server.serve(sockets=[listener]), name="http server")
+            tasks.create_task(server.serve(sockets=listeners), name="http server")
             await server.listening.wait()
-            http = HttpServer(server, listener.getsockname()[1])
+            http = HttpServer(server, *(listeners[end].getsockname()[1] for end in (0, -1)))
             try:
                 yield http
             finally:
@@ -80,13 +86,20 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _bind(listen: str) -> socket.socket:
+def with_free_port(address: str) -> str:
+    """The same host, and port 0."""
+    return f"{address.rpartition(':')[0]}:0"
+
+
+def bind(listen: str, *, shares_port: bool = False) -> socket.socket:
+    """A socket at this address that does not listen yet. Raises `OSError`."""
     host, port = split_address(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named, for asyncio sets TCP_NODELAY only on sockets that name their protocol.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shares_port)
         listener.bind((host, port))
     except BaseException:
         listener.close()

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import NamedTuple
 
 import grpc.aio
 import structlog
@@ -21,7 +22,7 @@ from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import build_front_end
 from kvrelay.coordinator.http_app import build_app
-from kvrelay.coordinator.http_server import http_server, split_address
+from kvrelay.coordinator.http_server import HttpServer, http_server, split_address, with_free_port
 from kvrelay.coordinator.inference_service import InferenceService
 from kvrelay.coordinator.prompt_rendering import ChatTemplate
 from kvrelay.coordinator.worker_pool import WorkerPool
@@ -43,6 +44,8 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 def run_coordinator(config: CoordinatorConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     logs.configure(level=config.log_level, log_format=config.log_format)
+    if config.shares_ports:  # and the log with other replicas
+        structlog.contextvars.bind_contextvars(coordinator_id=config.coordinator_id)
     _log.info("configuration", **{name: str(getattr(config, name)) for name in config.__slots__})
     uvloop.run(serve(config))
     return 0
@@ -69,7 +72,7 @@ async def serve(config: CoordinatorConfig) -> None:
 
 @contextlib.asynccontextmanager
 async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[cluster_pb2.CoordinatorInfo]:
-    """A registered coordinator; yields its record once both of its ports are open."""
+    """A registered coordinator; yields its record once its ports are open."""
     pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
     stopping = _Stopping(config.drain_s)
     with _cluster_engine(config, pool, tracing) as engine:
@@ -88,10 +91,12 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
             try:
                 async with (
-                    http_server(app, config.http_listen, drain_s=config.drain_s) as http,
-                    _grpc_server(config, engine, tracing, stopping) as grpc_port,
+                    http_server(
+                        app, config.http_listen, drain_s=config.drain_s, shares_port=config.shares_ports
+                    ) as http,
+                    _grpc_server(config, engine, tracing, stopping) as grpc_ports,
                 ):
-                    info = _info(config, http.port, grpc_port)
+                    info = _info(config, http, grpc_ports)
                     try:
                         async with register(etcd, coordinator_key(config.cluster, config.coordinator_id), info):
                             try:
@@ -138,13 +143,18 @@ def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracin
         engine.shutdown()
 
 
+class _GrpcPorts(NamedTuple):
+    shared: int
+    own: int
+
+
 @contextlib.asynccontextmanager
 async def _grpc_server(
     config: CoordinatorConfig, engine: ClusterEngine, tracing: Tracing, stopping: _Stopping
-) -> AsyncIterator[int]:
-    """Inference, health and reflection; yields the port. Leaving it drains as long as there is time."""
+) -> AsyncIterator[_GrpcPorts]:
+    """Inference, health and reflection; yields the ports. Leaving it drains as long as there is time."""
     server = grpc.aio.server(
-        options=server_options(max_message_bytes=config.limits.max_body_bytes),
+        options=server_options(max_message_bytes=config.limits.max_body_bytes, shares_port=config.shares_ports),
         interceptors=[TracingServerInterceptor(tracing, _SERVICE)],
     )
     template = ChatTemplate(text=config.serving.chat_template, arguments=config.serving.chat_template_kwargs)
@@ -155,11 +165,12 @@ async def _grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = server.add_insecure_port(config.grpc_listen)
+    own_port = server.add_insecure_port(with_free_port(config.grpc_listen)) if config.shares_ports else port
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         publishing = tasks.create_task(_publish_health(engine, servicer), name="publish health")
         try:
-            yield port
+            yield _GrpcPorts(port, own_port)
         finally:
             publishing.cancel()
             await servicer.enter_graceful_shutdown()
@@ -173,13 +184,15 @@ async def _publish_health(engine: ClusterEngine, servicer: health.aio.HealthServ
         await servicer.set(_SERVICE, _SERVING if is_ready else _NOT_SERVING)
 
 
-def _info(config: CoordinatorConfig, http_port: int, grpc_port: int) -> cluster_pb2.CoordinatorInfo:
+def _info(config: CoordinatorConfig, http: HttpServer, grpc_ports: _GrpcPorts) -> cluster_pb2.CoordinatorInfo:
     http_host = config.advertise_host or _reachable(split_address(config.http_listen)[0])
     grpc_host = config.advertise_host or _reachable(split_address(config.grpc_listen)[0])
     return cluster_pb2.CoordinatorInfo(
         coordinator_id=config.coordinator_id,
-        http_url=f"http://{http_host}:{http_port}",
-        grpc_address=f"{grpc_host}:{grpc_port}",
+        http_url=f"http://{http_host}:{http.port}",
+        grpc_address=f"{grpc_host}:{grpc_ports.shared}",
+        own_http_url=f"http://{http_host}:{http.own_port}",
+        own_grpc_address=f"{grpc_host}:{grpc_ports.own}",
         model=config.front_end.served_model_name,
         version=__version__,
     )

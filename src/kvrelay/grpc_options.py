@@ -28,12 +28,12 @@ _SIZES: list[tuple[str, int]] = [
 ]
 
 
-def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
-    """One server per port, and peers may ping as often as they like."""
+def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES, shares_port: bool = False) -> Options:
+    """One server per port, unless all of them share it, and peers may ping as often as they like."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),

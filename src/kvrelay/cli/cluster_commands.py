@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from kvrelay.coordinator.http_serving import ServingOptions
     from kvrelay.launch.plan import UpConfig
 
+_REPLICA_FLAG = "--one-of-replicas"
+"""Tells a process that it is one of those that `--replicas` asks for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorOptions:
@@ -34,6 +38,8 @@ class CoordinatorOptions:
         str | None,
         typer.Option(metavar="ID", rich_help_panel=opt.CLUSTER, help="Default: host name and random characters."),
     ] = None
+    replicas: opt.ReplicasOption = 1
+    is_replica: Annotated[bool, typer.Option(_REPLICA_FLAG, hidden=True)] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,27 +91,34 @@ def coordinator(
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
 
-    It needs the model's tokenizer and configuration, not its weights. Any number may run side by side.
+    It needs the model's tokenizer and configuration, not its weights. Any number may run side by side; one machine's
+    can share ports: connections are spread over the --replicas, and one that dies is started again.
 
-    Example: kvrelay coordinator --etcd 10.0.0.1:2379 --http 0.0.0.0:8000 --grpc 0.0.0.0:50051
+    Example: kvrelay coordinator --etcd 10.0.0.1:2379 --http 0.0.0.0:8000 --grpc 0.0.0.0:50051 --replicas 4
     """
     check_otlp(observe.otlp)
-    check_can_listen("--http", api.http)
-    check_can_listen("--grpc", api.grpc)
+    if not member.is_replica:  # whose ports are held for it
+        check_can_listen("--http", api.http)
+        check_can_listen("--grpc", api.grpc)
     check_etcd(member.etcd)
     found = find_model(model.model, model.served_model_name)
+    coordinator_id = member.coordinator_id or own_id("coordinator")
     with process_errors(observe.log_level.value):
         from kvrelay import logs
+
+        logs.configure(level=observe.log_level.value, log_format=observe.log_format.value)
+        if member.replicas > 1 and not member.is_replica:
+            raise typer.Exit(_run_replicas(coordinator_id, member, api))
         from kvrelay.coordinator.config import CoordinatorConfig
         from kvrelay.coordinator.main import run_coordinator
 
-        logs.configure(level=observe.log_level.value, log_format=observe.log_format.value)
         config = CoordinatorConfig(
-            coordinator_id=member.coordinator_id or own_id("coordinator"),
+            coordinator_id=coordinator_id,
             etcd=[str(address) for address in member.etcd],
             cluster=member.cluster,
             http_listen=str(api.http),
             grpc_listen=str(api.grpc),
+            shares_ports=member.is_replica,
             advertise_host=advertise_host,
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
@@ -115,6 +128,23 @@ def coordinator(
         )
         exit_code = run_coordinator(config)
     raise typer.Exit(exit_code)
+
+
+def _run_replicas(coordinator_id: str, member: CoordinatorOptions, api: ApiOptions) -> int:
+    from kvrelay.launch.replicas import ReplicasConfig, run_replicas
+
+    return run_replicas(
+        ReplicasConfig(
+            coordinator_id=coordinator_id,
+            num_replicas=member.replicas,
+            etcd=[str(address) for address in member.etcd],
+            cluster=member.cluster,
+            http_listen=str(api.http),
+            grpc_listen=str(api.grpc),
+            arguments=[*sys.argv[1:], _REPLICA_FLAG],
+            environment=dict(os.environ),
+        )
+    )
 
 
 def _front_end(options: FrontEndOptions, found: FoundModel) -> FrontEndConfig:
@@ -144,6 +174,7 @@ class ClusterOptions:
 
     prefill: Annotated[int, typer.Option(min=0, rich_help_panel=opt.CLUSTER, help="Prefill workers.")] = 1
     decode: Annotated[int, typer.Option(min=1, rich_help_panel=opt.CLUSTER, help="Decode workers.")] = 1
+    replicas: opt.ReplicasOption = 1
     etcd: opt.OptionalEtcdOption = None
     etcd_binary: Annotated[
         Path | None,
@@ -220,6 +251,7 @@ def _up_config(
     return UpConfig(
         prefill=cluster.prefill,
         decode=cluster.decode,
+        replicas=cluster.replicas,
         etcd=[str(address) for address in cluster.etcd or ()],
         etcd_binary=cluster.etcd_binary,
         cluster=cluster.cluster,

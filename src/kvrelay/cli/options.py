@@ -237,6 +237,16 @@ GrpcOption = Annotated[
         "--grpc", parser=parse_address, metavar="HOST:PORT", rich_help_panel=NETWORK, help="Where the gRPC API listens."
     ),
 ]
+ReplicasOption = Annotated[
+    int,
+    typer.Option(
+        "--replicas",
+        min=1,
+        metavar="N",
+        rich_help_panel=CLUSTER,
+        help="Coordinator processes that share the two ports.",
+    ),
+]
 OtlpOption = Annotated[
     str | None,
     typer.Option(

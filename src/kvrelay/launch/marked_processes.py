@@ -8,7 +8,10 @@ from pathlib import Path
 from kvrelay import keeper
 
 VARIABLE = "KVRELAY_CHILD"
-"""Holds `<run>/<child>` in the environment of a child and of all that descend from it."""
+"""Holds `<run>/<child>` in the environment of a child and of all that descend from it.
+
+A child that supervises children itself takes its own mark for their run.
+"""
 
 _POLL_S = 0.02
 _TIMEOUT_S = 5.0
@@ -20,7 +23,7 @@ def mark(run_id: str, child: str = "") -> str:
 
 
 def marked(value: str, *, whole: bool) -> list[int]:
-    """Live processes of this user whose mark is `value`, or begins with it."""
+    """Live processes of this user whose mark is `value` or lies below it; without `whole`, begins with it."""
     wanted = f"{VARIABLE}={value}".encode()
     return [
         int(process.name)
@@ -53,4 +56,9 @@ def _has(process: Path, wanted: bytes, *, whole: bool) -> bool:
         variables = (process / "environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(variable == wanted if whole else variable.startswith(wanted) for variable in variables)
+    return any(variable.startswith(wanted) and (not whole or _ends(variable, wanted)) for variable in variables)
+
+
+def _ends(variable: bytes, wanted: bytes) -> bool:
+    """Whether a level of marks is over behind `wanted`."""
+    return variable[len(wanted) :][:1] in (b"", b"/")

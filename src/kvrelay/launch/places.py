@@ -30,6 +30,11 @@ class Places:
         """The OpenAI API as this machine reaches it, without /v1."""
         return f"http://{_dialled(self.http)}"
 
+    def http_url_at(self, port: int) -> str:
+        """Another port of the OpenAI API's host, as this machine reaches it."""
+        host = self.http.rpartition(":")[0]
+        return f"http://{_dialled(f'{host}:{port}')}"
+
     @property
     def grpc_address(self) -> str:
         """The gRPC API as this machine reaches it."""

@@ -13,6 +13,7 @@ from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.transport import KvTransport
 from kvrelay.launch.devices import Devices, Share, shares
 from kvrelay.launch.places import Places
+from kvrelay.launch.replicas import replica_ids
 from kvrelay.launch.supervisor import ChildSpec
 
 ETCD = "etcd"
@@ -34,6 +35,8 @@ class UpConfig:
     prefill: int = 1
     decode: int = 1
     """Numbers of workers."""
+    replicas: int = 1
+    """Coordinator processes that share the ports."""
     etcd: Sequence[str] = ()
     """host:port of an existing cluster's members; one is started when empty."""
     etcd_binary: Path | None = None
@@ -79,6 +82,11 @@ def coordinator_id(config: UpConfig) -> str:
     return f"coordinator{_id_suffix(config)}"
 
 
+def member_ids(name: str, config: UpConfig) -> list[str]:
+    """Under which ids a child of this name is in etcd: one, unless it is a coordinator with replicas."""
+    return replica_ids(name, config.replicas) if name == coordinator_id(config) else [name]
+
+
 def etcd_spec(arguments: Sequence[str], config: UpConfig, places: Places) -> ChildSpec:
     """etcd is the last to be ended: the others take their leave from it."""
     return ChildSpec(
@@ -115,6 +123,7 @@ def _id_suffix(config: UpConfig) -> str:
 def _coordinator_spec(config: UpConfig, places: Places) -> ChildSpec:
     name = coordinator_id(config)
     own = ["--http", places.http, "--grpc", places.grpc, "--coordinator-id", name]
+    own += ["--replicas", str(config.replicas)] if config.replicas > 1 else []
     own += [*_front_end_options(config.engine_options), *config.coordinator_options]
     return _spec(name, ["coordinator", *_shared_options(config, places), *own], config, places, Share())
 

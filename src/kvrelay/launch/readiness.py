@@ -21,15 +21,15 @@ class Presence:
     def __init__(self, expected: Collection[str], on_registered: Callable[[str], None]) -> None:
         self._expected = set(expected)
         self._on_registered = on_registered
-        self._present: set[str] = set()
+        self._present: dict[str, cluster_pb2.WorkerInfo | cluster_pb2.CoordinatorInfo] = {}
         self._complete = asyncio.Event()
 
     def join(self, record: cluster_pb2.WorkerInfo | cluster_pb2.CoordinatorInfo, /) -> None:
         name = record.worker_id if isinstance(record, cluster_pb2.WorkerInfo) else record.coordinator_id
         if name in self._expected:
-            self._present.add(name)
+            self._present[name] = record
             self._on_registered(name)
-            if self._present == self._expected:
+            if self._present.keys() == self._expected:
                 self._complete.set()
 
     def update(self, record: cluster_pb2.WorkerInfo | cluster_pb2.CoordinatorInfo, /) -> None:
@@ -37,9 +37,14 @@ class Presence:
         self.join(record)
 
     def leave(self, member_id: str, /) -> None:
-        self._present.discard(member_id)
+        self._present.pop(member_id, None)
         if member_id in self._expected:
             self._complete.clear()
+
+    def own_http_ports(self) -> list[int]:
+        """Of the coordinators that are there: where each of them answers and no other does."""
+        coordinators = [info for info in self._present.values() if isinstance(info, cluster_pb2.CoordinatorInfo)]
+        return [port for info in coordinators if (port := urlsplit(info.own_http_url).port) is not None]
 
     async def wait_complete(self) -> None:
         """Until all are there at the same time."""

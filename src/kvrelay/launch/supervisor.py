@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +26,8 @@ class ChildSpec:
     arguments: Sequence[str]
     environment: Mapping[str, str]
     """All of it; nothing is inherited."""
-    log_path: Path
-    """Gets stdout and stderr, appended."""
+    log_path: Path | None = None
+    """Gets stdout and stderr, appended; None for where this process writes its own."""
     stage: int = 0
     """Children of a higher stage are ended, and gone, before those of a lower one are told to end."""
 
@@ -155,7 +155,7 @@ class Supervisor:
     async def _run_once(self, child: _Child) -> int:
         """Until the child and all that it started are gone; the keeper's exit status."""
         spec, own_mark = child.spec, mark(self._config.run_id, child.spec.name)
-        with spec.log_path.open("ab") as log:
+        with spec.log_path.open("ab") if spec.log_path else nullcontext() as log:
             child.process = await asyncio.create_subprocess_exec(
                 *keeper.command(spec.arguments, grace_s=self._config.grace_s),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -18,18 +18,15 @@ from kvrelay.launch import devices
 from kvrelay.launch.announcement import announcement
 from kvrelay.launch.display import Display, how_ended, log_tail
 from kvrelay.launch.places import Places, new_log_dir, with_port
-from kvrelay.launch.plan import ETCD, UpConfig, cluster_specs, coordinator_id, etcd_spec, worker_ids
+from kvrelay.launch.plan import ETCD, UpConfig, cluster_specs, coordinator_id, etcd_spec, member_ids, worker_ids
 from kvrelay.launch.readiness import Presence, etcd_version, follow_cluster, wait_listening, wait_ready
 from kvrelay.launch.run_directory import remove_leftovers, run_directory
+from kvrelay.launch.start import Start
 from kvrelay.launch.state import AlreadyRunningError, hold
 from kvrelay.launch.supervisor import Supervisor, SupervisorConfig, supervise
 
 EXIT_FAILED = 1
 
-_UNREACHABLE_STATUS = 4
-"""A child's exit code when etcd did not answer: worth another attempt."""
-_MAX_EARLY_ENDS = 3
-"""So often may children end before the cluster was ready once."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -67,8 +64,7 @@ class _Up:
         self._display = display
         self._began = time.monotonic()
         self._stop = asyncio.Event()
-        self._is_ready = False
-        self._num_early_ends = 0
+        self._start = Start()
         self._failed: str | None = None
         self._missing: set[str] = set()
         self._supervisor: Supervisor | None = None
@@ -95,28 +91,27 @@ class _Up:
         return 0
 
     def on_started(self, name: str, pid: int) -> None:
-        if not self._is_ready:
-            self._display.state(name, "loading" if name != ETCD else "starting")
+        if not self._start.is_over:
+            for member_id in member_ids(name, self._config):
+                self._display.state(member_id, "loading" if name != ETCD else "starting")
         elif name == ETCD:
             self._display.say("etcd runs again.")
 
     def on_ended(self, name: str, status: int, restart_in_s: float) -> None:
-        self._missing.add(name)
-        self._num_early_ends += not self._is_ready
-        hopeless = status < 128 and status != _UNREACHABLE_STATUS
-        if not self._is_ready and (hopeless or self._num_early_ends > _MAX_EARLY_ENDS):
+        self._missing.update(member_ids(name, self._config))
+        if self._start.is_hopeless(status):
             self._display.say(f"{name} {how_ended(status)}.")
             self._failed = name
             self._stop.set()
             return
         self._display.say(f"{name} {how_ended(status)}; starting it again in {restart_in_s:g} s.")
 
-    def _on_registered(self, name: str) -> None:
-        if not self._is_ready:
-            self._display.state(name, "ready", done=True)
-        elif name in self._missing:
-            self._display.say(f"{name} is back.")
-        self._missing.discard(name)
+    def _on_registered(self, member_id: str) -> None:
+        if not self._start.is_over:
+            self._display.state(member_id, "ready", done=True)
+        elif member_id in self._missing:
+            self._display.say(f"{member_id} is back.")
+        self._missing.discard(member_id)
 
     def _on_signal(self) -> None:
         if not self._stop.is_set():
@@ -127,8 +122,8 @@ class _Up:
 
     async def _serve(self, supervisor: Supervisor) -> None:
         """Start everything, say when it is ready, then follow it until cancelled."""
-        names = [coordinator_id(self._config), *worker_ids(self._config)]
-        presence = Presence(names, self._on_registered)
+        coordinators = member_ids(coordinator_id(self._config), self._config)
+        presence = Presence([*coordinators, *worker_ids(self._config)], self._on_registered)
         async with asyncio.TaskGroup() as tasks:
             with self._display.starting():
                 await self._start_etcd(supervisor)
@@ -136,8 +131,9 @@ class _Up:
                 for spec in cluster_specs(self._config, self._places, devices.detect(self._config.environment)):
                     supervisor.start(spec)
                 await presence.wait_complete()
-                await wait_ready(self._places.http_url)
-            self._is_ready = True
+                for port in presence.own_http_ports():
+                    await wait_ready(self._places.http_url_at(port))
+            self._start.is_over = True
             for line in announcement(self._config, self._places, time.monotonic() - self._began):
                 self._display.say(line)
 

@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 from kvrelay.cli import app
 from kvrelay.coordinator import main as coordinator
 from kvrelay.coordinator.config import CoordinatorConfig
+from kvrelay.launch import replicas
+from kvrelay.launch.replicas import ReplicasConfig
 
 
 @pytest.fixture
@@ -64,6 +66,30 @@ def test_flags_become_a_configuration(
     assert front_end.engine_args == {"tokenizer": None, "trust_remote_code": True}
     assert (config.serving.chat_template, config.serving.tool_parser) == ("{{ messages }}", "hermes")
     assert config.otlp_endpoint == "http://o:4317"
+
+
+def test_replicas_are_the_same_command_below_a_process_that_holds_the_ports(
+    listener: str, configs: list[CoordinatorConfig], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    above: list[ReplicasConfig] = []
+
+    def run_replicas(config: ReplicasConfig) -> int:
+        above.append(config)
+        return 3
+
+    monkeypatch.setattr(replicas, "run_replicas", run_replicas)
+    words = ["coordinator", "--etcd", listener, "--coordinator-id", "c", "--model", model, "--replicas", "2"]
+    monkeypatch.setattr("sys.argv", ["kvrelay", *words])
+    assert CliRunner().invoke(app, [*words, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).exit_code == 3
+    (config,) = above
+    assert (config.coordinator_id, config.num_replicas, list(config.etcd)) == ("c", 2, [listener])
+    assert (config.http_listen, config.grpc_listen) == ("127.0.0.1:0", "127.0.0.1:0")
+    assert configs == []
+
+    taken = ["--http", listener, "--grpc", listener, "--coordinator-id", "c-1"]
+    result = CliRunner().invoke(app, [*config.arguments, *taken])
+    assert result.exit_code == 0, result.output
+    assert [(each.coordinator_id, each.shares_ports, each.http_listen) for each in configs] == [("c-1", True, listener)]
 
 
 @pytest.mark.parametrize(

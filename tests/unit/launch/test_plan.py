@@ -14,7 +14,7 @@ from kvrelay.launch.announcement import announcement, curl_line
 from kvrelay.launch.devices import Devices
 from kvrelay.launch.display import how_ended
 from kvrelay.launch.places import Places, new_log_dir, with_port
-from kvrelay.launch.plan import UpConfig, cluster_specs, coordinator_id, etcd_spec, worker_ids
+from kvrelay.launch.plan import UpConfig, cluster_specs, coordinator_id, etcd_spec, member_ids, worker_ids
 from kvrelay.launch.supervisor import ChildSpec
 
 CONFIG = UpConfig(
@@ -123,8 +123,18 @@ def test_in_a_shared_etcd_ids_carry_the_hosts_name(monkeypatch: pytest.MonkeyPat
     assert coordinator_id(shared) == "coordinator-box"
 
 
+def test_a_coordinator_with_replicas_is_one_child_and_several_members() -> None:
+    config = dataclasses.replace(CONFIG, replicas=3)
+    assert "--coordinator-id coordinator --replicas 3" in shlex.join(_specs(config)["coordinator"].arguments)
+    assert member_ids("coordinator", config) == ["coordinator-0", "coordinator-1", "coordinator-2"]
+    assert member_ids("decode-0", config) == ["decode-0"]
+    assert "--replicas" not in _specs()["coordinator"].arguments
+    assert member_ids("coordinator", CONFIG) == ["coordinator"]
+
+
 def test_addresses_as_this_machine_dials_them() -> None:
     assert PLACES.http_url == "http://127.0.0.1:8000"
+    assert PLACES.http_url_at(7) == "http://127.0.0.1:7"
     assert dataclasses.replace(PLACES, grpc="[::]:9").grpc_address == "[::1]:9"
 
 
