@@ -14,6 +14,8 @@ from kvrelay.grpc_options import open_channel
 from kvrelay.membership import list_workers
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
+_ROLE_ORDER = {"prefill": 0, "both": 1, "decode": 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRow:
@@ -51,7 +53,12 @@ async def collect_workers(etcd: Sequence[str], cluster: str, timeout_s: float) -
     async with connect(EtcdConfig(endpoints=list(etcd), timeout_s=max(timeout_s, 2.0))) as client:
         infos = await list_workers(client, cluster)
     rows = await asyncio.gather(*(_row(info, timeout_s) for info in infos))
-    return sorted(rows, key=lambda row: (row.role != "prefill", row.worker_id))
+    return sorted(rows, key=lambda row: (_ROLE_ORDER.get(row.role, len(_ROLE_ORDER)), row.worker_id))
+
+
+def role_name(role: cluster_pb2.Role.ValueType) -> str:
+    """As people write it."""
+    return cluster_pb2.Role.Name(role).removeprefix("ROLE_").lower()
 
 
 async def _row(info: cluster_pb2.WorkerInfo, timeout_s: float) -> WorkerRow:
@@ -59,7 +66,7 @@ async def _row(info: cluster_pb2.WorkerInfo, timeout_s: float) -> WorkerRow:
     registered = cluster_pb2.WorkerState.Name(info.state).removeprefix("WORKER_STATE_").lower()
     row = WorkerRow(
         worker_id=info.worker_id,
-        role=cluster_pb2.Role.Name(info.role).removeprefix("ROLE_").lower(),
+        role=role_name(info.role),
         model=info.model,
         address=info.address,
         state=registered if status else "silent",

@@ -31,7 +31,7 @@ from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import InvalidRequestError, KvrelayError, NoWorkersError, OverloadedError
 from kvrelay.sampling import to_proto
 from kvrelay.tracing import Tracing, context_from_headers, current_context
-from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
+from kvrelay.v1 import common_pb2, worker_pb2
 
 _TASKS: tuple[SupportedTask, ...] = ("generate",)
 
@@ -81,7 +81,7 @@ class ClusterEngine(EngineControls):
     @property
     def is_ready(self) -> bool:
         """Whether a decode worker serves the model now."""
-        return any(view.role == cluster_pb2.ROLE_DECODE and not view.draining for view in self._serving())
+        return any(view.decodes and not view.draining for view in self._serving())
 
     async def watch_ready(self) -> AsyncIterator[bool]:
         """`is_ready` now and whenever the workers have changed; for one reader."""

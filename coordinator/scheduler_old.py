@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
 from kvrelay.errors import InvalidRequestError, NoWorkersError
-from kvrelay.v1 import cluster_pb2
 
 
 def plan(request: RequestShape, workers: Iterable[WorkerView]) -> Plan:
@@ -18,7 +17,7 @@ def plan(request: RequestShape, workers: Iterable[WorkerView]) -> Plan:
     `NoWorkersError`, or `InvalidRequestError` when the prompt is too long for every worker.
     """
     serving = [worker for worker in workers if worker.model == request.model and not worker.draining]
-    decoders = [worker for worker in serving if worker.role == cluster_pb2.ROLE_DECODE]
+    decoders = [worker for worker in serving if worker.decodes]
     if not decoders:
         raise NoWorkersError(f"no decode worker serves model {request.model!r} now; try again later")
     fitting = [worker for worker in decoders if _has_room(worker, request)]
@@ -34,7 +33,8 @@ def plan(request: RequestShape, workers: Iterable[WorkerView]) -> Plan:
     prefillers = (
         worker
         for worker in serving
-        if worker.role == cluster_pb2.ROLE_PREFILL
+        if worker.prefills
+        and worker is not decode
         and worker.fingerprint == decode.fingerprint
         and _has_room(worker, request)
     )

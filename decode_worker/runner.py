@@ -18,7 +18,7 @@ class DecodeRole:
 
     async def decode(self, request: worker_pb2.Decode, sink: Sink) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
-        with self._host.job():
+        with self._host.job("decode"):
             submission = await self._submit(request, sink)
             try:
                 await submission.ended.wait()

@@ -37,7 +37,7 @@ class PrefillRole:
         host = self._host
         host.validate(request.prompt_token_ids, request.sampling)
         work = Work.of(request, "prefill")
-        with host.job():
+        with host.job("prefill"):
             hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids, source_of(request))
             work.note_restored(stored.restored_tokens)
             await self._run(request, work, hasher, stored, sink)

@@ -29,6 +29,7 @@ from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.record import WorkerRecord
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
@@ -111,7 +112,7 @@ async def _faulty_worker(worker_id: str, proxy: Proxy, compression: Compression)
         info = cluster_pb2.WorkerInfo(worker_id=worker_id, address=address, layout=host.info.layout)
         host.borrower.address = address
         service = WorkerService(
-            lambda: info, lambda: worker_status(host, worker_id), PrefillRole(host), DecodeRole(host)
+            WorkerRecord(info), lambda: worker_status(host, worker_id), PrefillRole(host), DecodeRole(host)
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         await server.start()

@@ -24,6 +24,7 @@ from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2_grpc
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.record import WorkerRecord
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
@@ -75,7 +76,7 @@ async def simulated_worker(
         )
         host.borrower.address = info.address
         prefill, decode = PrefillRole(host), DecodeRole(host)
-        service = WorkerService(lambda: info, lambda: worker_status(host, worker_id), prefill, decode)
+        service = WorkerService(WorkerRecord(info), lambda: worker_status(host, worker_id), prefill, decode)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
         push_server = PushServer(host.receiver, host.collectives)
         push_address = f"127.0.0.1:{push_server.start('127.0.0.1:0')}"

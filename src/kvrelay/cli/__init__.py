@@ -8,6 +8,7 @@ from kvrelay import __version__
 from kvrelay.cli import clients, cluster_commands
 from kvrelay.cli.engine_command import EngineCommand
 from kvrelay.cli.failure import EXIT_CODES
+from kvrelay.cli.role_commands import role_app
 from kvrelay.cli.worker_commands import DECODE_HELP, PREFILL_HELP, worker_command
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command("decode-worker", cls=EngineCommand, help=DECODE_HELP, rich_help_pane
 app.command(rich_help_panel=USE)(clients.chat)
 app.command(rich_help_panel=USE)(clients.generate)
 app.command(rich_help_panel=USE)(clients.workers)
+app.add_typer(role_app, rich_help_panel=USE)
 app.command(rich_help_panel=USE)(version)
 
 

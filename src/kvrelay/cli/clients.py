@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from kvrelay.cli.failure import client_errors, fail
-from kvrelay.cli.parsing import Address, Addresses, parse_address, parse_addresses
-from kvrelay.cli.running import coordinator_address, etcd_and_cluster
+from kvrelay.cli.parsing import Address, parse_address
+from kvrelay.cli.running import RunningClusterOption, RunningEtcdOption, coordinator_address, etcd_and_cluster
 
 if TYPE_CHECKING:
     from kvrelay.client import GenerateOptions
@@ -110,18 +110,8 @@ def generate(
 
 
 def workers(
-    etcd: Annotated[
-        Addresses | None,
-        typer.Option(
-            parser=parse_addresses,
-            metavar="HOST:PORT[,HOST:PORT]",
-            envvar="KVRELAY_ETCD",
-            help="The cluster's etcd. Default: that of the `kvrelay up` running here.",
-        ),
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Name of the cluster in etcd. Default: that of the running `kvrelay up`.")
-    ] = None,
+    etcd: RunningEtcdOption = None,
+    cluster: RunningClusterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of the table.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Longest wait for a worker, seconds.")] = 2.0,
 ) -> None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from kvrelay.cli.failure import UNREACHABLE, fail
 from kvrelay.cli.options import GRPC
-from kvrelay.cli.parsing import Address, Addresses, parse_address
+from kvrelay.cli.parsing import Address, Addresses, parse_address, parse_addresses
 
 if TYPE_CHECKING:
     from kvrelay.launch.state import RunningCluster
 
 DEFAULT_CLUSTER = "default"
+
+RunningEtcdOption = Annotated[
+    Addresses | None,
+    typer.Option(
+        "--etcd",
+        parser=parse_addresses,
+        metavar="HOST:PORT[,HOST:PORT]",
+        envvar="KVRELAY_ETCD",
+        help="The cluster's etcd. Default: that of the `kvrelay up` running here.",
+    ),
+]
+RunningClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Name of the cluster in etcd. Default: that of the running `kvrelay up`."),
+]
 
 
 def running() -> RunningCluster | None:

@@ -33,6 +33,7 @@ from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.record import Publish, WorkerRecord
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.status import worker_status
@@ -118,11 +119,11 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
         ):
             stop = signals.ready()
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
-            async with open_server(config, host) as served:
-                registration.put(served.info)
-                _log.info("serving", address=served.info.address, worker_id=config.worker_id)
+            async with open_server(config, host, registration.update) as served:
+                registration.put(served.record.info)
+                _log.info("serving", address=served.record.info.address, worker_id=config.worker_id)
                 await stop.wait()
-                await _drain(config.drain_s, host, served, registration)
+                await _drain(config.drain_s, host, served)
                 _log.info("leaving", requests=host.num_jobs)
     finally:
         tracing.shutdown()
@@ -132,19 +133,18 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
 class Served:
     """What is open to others."""
 
-    info: cluster_pb2.WorkerInfo
+    record: WorkerRecord
     service: WorkerService
     health: health.aio.HealthServicer
 
 
-async def _drain(drain_s: float, host: WorkerHost, served: Served, registration: membership.Registration) -> None:
+async def _drain(drain_s: float, host: WorkerHost, served: Served) -> None:
     """Take nothing new, and let requests end that are here or on their way here, for `drain_s` at most."""
     _log.info("draining", requests=host.num_jobs)
-    served.info.state = cluster_pb2.WORKER_STATE_DRAINING
     deadline = time.monotonic() + drain_s
     try:
         async with asyncio.timeout(min(_LEAVE_TIMEOUT_S, drain_s)):
-            await registration.update(served.info)
+            await served.record.drain()
     except TimeoutError:
         _log.warning("etcd does not answer: coordinators do not know that this worker leaves")
     await served.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -155,15 +155,15 @@ async def _drain(drain_s: float, host: WorkerHost, served: Served, registration:
 
 
 @contextlib.asynccontextmanager
-async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[Served]:
+async def open_server(config: WorkerConfig, host: WorkerHost, publish: Publish) -> AsyncIterator[Served]:
     """The worker's two ports, open inside this context. Raises `OSError` when one is taken."""
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
     port = server.add_insecure_port(config.listen)
     listening = f"{_host_of(config.listen)}:{port}"
-    info = _worker_info(config, host.info, config.advertise or listening)
-    host.borrower.address = info.address
+    record = WorkerRecord(_worker_info(config, host.info, config.advertise or listening), publish)
+    address = host.borrower.address = record.info.address
     service = WorkerService(
-        lambda: info,
+        record,
         lambda: worker_status(host, config.worker_id),
         PrefillRole(host),
         DecodeRole(host),
@@ -172,7 +172,7 @@ async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[S
     push_server = PushServer(host.receiver, host.collectives)
     kv_listen = config.kv_listen or f"{_host_of(config.listen)}:0"
     push_port = push_server.start(kv_listen)
-    push_address = config.kv_advertise or f"{_host_of(info.address)}:{push_port}"
+    push_address = config.kv_advertise or f"{_host_of(address)}:{push_port}"
     host.collectives.listen(_host_of(kv_listen), _host_of(push_address))
     kv_service.add_to_server(
         KvTransferService(
@@ -196,7 +196,7 @@ async def open_server(config: WorkerConfig, host: WorkerHost) -> AsyncIterator[S
     reflection.enable_server_reflection(names, server)
     await server.start()
     try:
-        yield Served(info, service, health_servicer)
+        yield Served(record, service, health_servicer)
     finally:
         await server.stop(None)
         await asyncio.to_thread(host.collectives.close)

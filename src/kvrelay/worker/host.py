@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from kvrelay.block_hash import BlockHasher
 from kvrelay.engine.base import Engine, EngineInfo, EngineRequest, EngineStep, KvPlan, KvReport, KvReportKind
@@ -82,7 +83,8 @@ class WorkerHost:
         self._num_granted = 0
         self.num_queued_tokens = 0
         """Of prompts without a first token."""
-        self.num_jobs = 0
+        self.jobs: Counter[str] = Counter()
+        """Requests that a role works on, by its name."""
 
     async def look_up(
         self, cache_salt: str, prompt_token_ids: Sequence[int], source: PrefixSource | None = None
@@ -165,14 +167,18 @@ class WorkerHost:
         submission.end()
         self._close(submission)
 
+    @property
+    def num_jobs(self) -> int:
+        return self.jobs.total()
+
     @contextlib.contextmanager
-    def job(self) -> Iterator[None]:
+    def job(self, role: Literal["prefill", "decode"]) -> Iterator[None]:
         """Around everything that a role does for one request."""
-        self.num_jobs += 1
+        self.jobs[role] += 1
         try:
             yield
         finally:
-            self.num_jobs -= 1
+            self.jobs[role] -= 1
 
     async def wait_idle(self) -> None:
         """Until no role works on a request, and no blocks are held or coming for one that is still elsewhere."""

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import grpc
 import structlog
 
-from kvrelay.errors import first_leaf
-from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.errors import InvalidRequestError, first_leaf, status_of
+from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 from kvrelay.worker.outbox import OutboxFullError
+from kvrelay.worker.record import WorkerRecord
 from kvrelay.worker.role import DecodeRunner, PrefillRunner
 from kvrelay.worker.session import Session
 
@@ -19,16 +20,16 @@ _log = structlog.get_logger(__name__)
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """One worker's sessions and gauges."""
+    """One worker's sessions, gauges and role."""
 
     def __init__(
         self,
-        info: Callable[[], cluster_pb2.WorkerInfo],
+        record: WorkerRecord,
         status: Callable[[], worker_pb2.WorkerStatus],
         prefill: PrefillRunner,
         decode: DecodeRunner,
     ) -> None:
-        self._info = info
+        self._record = record
         self._status = status
         self._prefill = prefill
         self._decode = decode
@@ -50,7 +51,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if hello is None or hello.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is hello")
         with self._session(hello.hello.coordinator_id):
-            await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._info())))
+            await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._record.info)))
             unread = None
             try:
                 await Session(self._prefill, self._decode, self._status).run(request_iterator, context.write)
@@ -81,3 +82,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.WorkerStatus:
         """See worker.proto."""
         return self._status()
+
+    async def SetRole(
+        self,
+        request: worker_pb2.SetRoleRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.SetRoleRequest, worker_pb2.SetRoleResponse],
+    ) -> worker_pb2.SetRoleResponse:
+        """See worker.proto."""
+        _log.info("role changes", role=request.role)
+        try:
+            await self._record.set_role(request.role)
+        except InvalidRequestError as error:
+            await context.abort(status_of(error).grpc, error.message)
+        return worker_pb2.SetRoleResponse(worker=self._record.info)

@@ -18,6 +18,8 @@ def worker_status(host: WorkerHost, worker_id: str) -> worker_pb2.WorkerStatus:
         num_incoming_transfers=host.receiver.num_transfers,
         num_outgoing_transfers=host.peers.num_transfers,
         counters=host.counters,
+        num_prefill_jobs=host.jobs["prefill"],
+        num_decode_jobs=host.jobs["decode"],
         store=worker_pb2.BlockStoreStatus(
             num_slots=usage.num_slots,
             num_free=usage.num_free,

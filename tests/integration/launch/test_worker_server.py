@@ -25,6 +25,10 @@ from kvrelay.worker.store_config import StoreConfig
 from tests.support.sshd import free_port
 
 
+async def publish(_: cluster_pb2.WorkerInfo) -> None:
+    """There is no list."""
+
+
 @asynccontextmanager
 async def served(**values: Any) -> AsyncIterator[tuple[Served, WorkerHost]]:
     config = WorkerConfig(
@@ -35,13 +39,13 @@ async def served(**values: Any) -> AsyncIterator[tuple[Served, WorkerHost]]:
         **values,
     )
     engine, store = SimulatedEngine(SimulatedConfig()), StoreConfig(size_bytes=1 << 20)
-    async with open_host(engine, store, Tracing()) as host, open_server(config, host) as worker:
+    async with open_host(engine, store, Tracing()) as host, open_server(config, host, publish) as worker:
         yield worker, host
 
 
 async def push_address(worker: Served, host: WorkerHost) -> str:
     """Where it wants the blocks that it is offered."""
-    peer = Peer(worker.info.address.replace("outside", "127.0.0.1"), worker.info.layout)
+    peer = Peer(worker.record.info.address.replace("outside", "127.0.0.1"), worker.record.info.layout)
     try:
         offer = kv_transfer_pb2.OfferRequest(request_id="r", layout=host.info.layout, block_hashes=bytes(16))
         return (await peer.offer(offer)).push_address
@@ -68,7 +72,7 @@ async def test_kv_blocks_go_where_it_listens_unless_another_address_is_advertise
 
 
 async def test_reflection_lists_what_the_port_serves() -> None:
-    async with served() as (worker, _), open_channel(worker.info.address) as channel:
+    async with served() as (worker, _), open_channel(worker.record.info.address) as channel:
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         async with asyncio.timeout(10):

@@ -12,6 +12,7 @@ import pytest
 
 from kvrelay.v1 import cluster_pb2, worker_pb2
 from kvrelay.worker.outbox import Outbox
+from kvrelay.worker.record import WorkerRecord
 from kvrelay.worker.role import DecodeRunner, PrefillRunner
 from kvrelay.worker.service import WorkerService
 from kvrelay.worker.submission import Sink
@@ -61,7 +62,10 @@ async def test_a_coordinator_that_does_not_read_is_told_why_its_session_ends(mon
     monkeypatch.setattr("kvrelay.worker.session.Outbox", partial(Outbox, max_waiting_bytes=1000))
     role = Talkative()
     service = WorkerService(
-        cluster_pb2.WorkerInfo, worker_pb2.WorkerStatus, cast("PrefillRunner", role), cast("DecodeRunner", role)
+        WorkerRecord(cluster_pb2.WorkerInfo()),
+        worker_pb2.WorkerStatus,
+        cast("PrefillRunner", role),
+        cast("DecodeRunner", role),
     )
     async with asyncio.timeout(10):
         with pytest.raises(AbortedError, match="does not read") as caught:
