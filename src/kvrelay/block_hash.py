@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import sha256
 
 from kvrelay.v1 import cluster_pb2
@@ -28,6 +28,20 @@ def layout_fingerprint(layout: cluster_pb2.KvLayout) -> bytes:
     return sha256(_VERSION + repr(fields).encode()).digest()[:HASH_BYTES]
 
 
+def chain_start(fingerprint: bytes, cache_salt: str) -> bytes:
+    """What the first block's hash goes on from."""
+    return sha256(fingerprint + cache_salt.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
+
+
+def chain_hashes(previous: bytes, tokens: bytes, block_bytes: int) -> list[bytes]:
+    """Hashes of the blocks that `tokens` (4 bytes each, as in memory) fill, going on from `previous`."""
+    hashes = []
+    for end in range(block_bytes, len(tokens) + 1, block_bytes):
+        previous = _next_hash(previous, tokens[end - block_bytes : end])
+        hashes.append(previous)
+    return hashes
+
+
 class BlockHasher:
     """Hashes of the full blocks of one token sequence that grows: `h[i] = H(h[i-1] || tokens[i])`.
 
@@ -37,7 +51,7 @@ class BlockHasher:
 
     def __init__(self, layout: cluster_pb2.KvLayout, cache_salt: str, token_ids: Iterable[int] = ()) -> None:
         self.block_size = layout.block_size_tokens
-        self._last = sha256(layout.fingerprint + cache_salt.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
+        self._last = chain_start(layout.fingerprint, cache_salt)
         self._open: list[int] = []
         self.hashes: list[bytes] = []
         self.num_tokens = 0
@@ -45,7 +59,7 @@ class BlockHasher:
 
     def partial_hash(self) -> bytes | None:
         """Name of the block that the last tokens do not fill; None when they end with a block."""
-        return _next_hash(self._last, self._open) if self._open else None
+        return _next_hash(self._last, array("I", self._open).tobytes()) if self._open else None
 
     def all_hashes(self) -> list[bytes]:
         """Names of all blocks that hold the tokens so far, the last one full or not."""
@@ -58,14 +72,14 @@ class BlockHasher:
         before = len(pending)
         pending.extend(token_ids)
         self.num_tokens += len(pending) - before
-        size = self.block_size
-        full = len(pending) // size
-        for i in range(full):
-            self._last = _next_hash(self._last, pending[i * size : (i + 1) * size])
-            self.hashes.append(self._last)
+        full = len(pending) - len(pending) % self.block_size
         if full:
-            del pending[: full * size]
+            tokens = array("I", pending[:full]).tobytes()
+            new = chain_hashes(self._last, tokens, len(tokens) // full * self.block_size)
+            self.hashes += new
+            self._last = new[-1]
+            del pending[:full]
 
 
-def _next_hash(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    return sha256(previous + array("I", token_ids).tobytes()).digest()[:HASH_BYTES]
+def _next_hash(previous: bytes, tokens: bytes) -> bytes:
+    return sha256(previous + tokens).digest()[:HASH_BYTES]
