@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.workload.trace import TraceError, TraceOptions, TraceRequest, scaled, read_trace
+from kvrelay.workload.trace import TraceError, TraceOptions, TraceRequest, read_trace, scaled
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
