@@ -1,0 +1,311 @@
+"""How many requests a second does a coordinator carry, and how much later does their first token come?
+
+Everything on this machine: etcd, 16 prefill and 16 decode workers that answer by the clock (`bench.timed_workers`),
+coordinators as `kvrelay coordinator --replicas N` starts them, and the load generator `wrk`, which keeps a fixed number of
+requests in flight. Every request is streamed over both its workers. Beside that load a second client sends a few requests
+a second and measures their time to first token; what is above the time that the prefill worker took counts as added.
+Before the load, the same is measured with one request at a time.
+
+Needs `wrk` (Debian: apt install wrk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import uvloop
+
+from bench.report import Report, parser
+from kvrelay.client.http_pool import HttpPool, Origin
+from kvrelay.client.replay.answer_reader import AnswerReader
+from kvrelay.etcd.server import run_etcd
+from kvrelay.launch.places import with_port
+from kvrelay.models import default_cache_dir, resolve_model
+
+MODEL = "model"
+PREFILL_S = STEP_S = 0.02
+ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+_LUA = Path(__file__).with_suffix(".lua")
+_START_TIMEOUT_S = 120
+_WORDS = "sky blue child tell water light river stone green cloud north bird".split()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one arm does."""
+
+    route: str
+    num_tokens: int
+    num_words: int
+    connections: int
+    duration_s: float
+    probes_per_s: float
+    num_single: int
+
+
+class Program:
+    """A child process with those it starts."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    def cpu_s(self) -> float:
+        """User and system time so far, of the whole tree."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self.process.pid)
+            return sum(times.user + times.system for times in map(_times, [top, *top.children(recursive=True)]))
+        return 0.0
+
+
+def _times(process: psutil.Process) -> Any:
+    return process.cpu_times()
+
+
+@contextlib.asynccontextmanager
+async def program(*arguments: str, log: Path) -> AsyncIterator[Program]:
+    """Run one of this project's programs inside this context; its standard input stays open as long."""
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=output,
+        )
+    try:
+        yield Program(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        async with asyncio.timeout(20):
+            await process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """Everything that runs but the load."""
+
+    url: str
+    coordinators: Program
+    workers: Program
+
+
+@contextlib.asynccontextmanager
+async def rig(model_path: str, num_replicas: int, coordinator_options: Sequence[str]) -> AsyncIterator[Rig]:
+    """Etcd, workers and coordinators, ready to serve. Raises `RuntimeError` with the log of what does not start."""
+    http = with_port("127.0.0.1:0")
+    with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as folder:
+        logs = Path(folder)
+        workers_log, coordinator_log = logs / "workers.log", logs / "coordinator.log"
+        coordinator = [
+            *("kvrelay.cli", "coordinator", "--model", model_path, "--served-model-name", MODEL),
+            *("--http", http, "--grpc", "127.0.0.1:0", "--replicas", str(num_replicas)),
+            *coordinator_options,
+        ]
+        timing = ["--prefill-s", str(PREFILL_S), "--step-s", str(STEP_S)]
+        async with (
+            run_etcd() as etcd,
+            program(
+                *("bench.timed_workers", "--etcd", etcd.endpoint, "--model", MODEL), *timing, log=workers_log
+            ) as workers,
+            program(*coordinator, "--etcd", etcd.endpoint, log=coordinator_log) as coordinators,
+        ):
+            try:
+                await _wait_ready(f"http://{http}", workers)
+            except TimeoutError:
+                texts = "\n".join(log.read_text()[-4000:] for log in (workers_log, coordinator_log))
+                raise RuntimeError(f"the cluster did not start:\n{texts}") from None
+            yield Rig(f"http://{http}", coordinators, workers)
+
+
+async def _wait_ready(url: str, workers: Program) -> None:
+    assert workers.process.stdout is not None
+    async with asyncio.timeout(_START_TIMEOUT_S):
+        await workers.process.stdout.readline()
+        origin = Origin.parse(url)
+        num_ready = 0
+        while num_ready < 20:  # Each time on a new connection: the replicas take turns at random.
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(ConnectionError, OSError):
+                async with HttpPool(origin) as pool:
+                    answer = await pool.exchange(origin.request("GET", "/ready", {}))
+                    num_ready = num_ready + 1 if answer.status == HTTPStatus.OK else 0
+
+
+class Probe:
+    """Measures the time to first token of requests of its own."""
+
+    def __init__(self, url: str, load: Load) -> None:
+        self._origin = Origin.parse(url)
+        self._load = load
+        self._number = 0
+        self.ttft_s: list[float] = []
+        self.num_failed = 0
+
+    async def one_at_a_time(self, num_requests: int) -> None:
+        async with HttpPool(self._origin) as pool:
+            for _ in range(num_requests):
+                await self._request(pool)
+
+    async def steadily(self, duration_s: float) -> None:
+        """Each on a connection of its own now and then, so that all replicas get some."""
+        began_s, num_sent = time.perf_counter(), 0
+        async with HttpPool(self._origin) as pool, asyncio.TaskGroup() as tasks:
+            while (due_s := num_sent / self._load.probes_per_s) < duration_s:
+                await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
+                tasks.create_task(self._request(pool))
+                num_sent += 1
+
+    async def _request(self, pool: HttpPool) -> None:
+        self._number += 1
+        reader = AnswerReader(time.perf_counter)
+        request = self._origin.request("POST", ROUTES[self._load.route], {}, self._body())
+        sent_s = time.perf_counter()
+        try:
+            answer = await pool.exchange(request, reader.on_body)
+        except ConnectionError:
+            self.num_failed += 1
+            return
+        tokens = reader.tokens_since(0)
+        if answer.status != HTTPStatus.OK or not reader.is_done or not tokens:
+            self.num_failed += 1
+            return
+        self.ttft_s.append(tokens[0][0] - sent_s)
+
+    def _body(self) -> bytes:
+        words = (_WORDS[(self._number * 17 + word * word) % len(_WORDS)] for word in range(self._load.num_words))
+        content = f"probe {self._number} {' '.join(words)}"
+        prompt = (
+            {"messages": [{"role": "user", "content": content}]} if self._load.route == "chat" else {"prompt": content}
+        )
+        fields = {"model": MODEL, "stream": True, "max_tokens": self._load.num_tokens, "temperature": 0}
+        return msgspec.json.encode({**fields, **prompt, "ignore_eos": True})
+
+
+async def wrk(url: str, load: Load) -> dict[str, Any]:
+    """Returns what the script prints at the end. Raises `RuntimeError` when wrk fails."""
+    arguments = [ROUTES[load.route], MODEL, str(load.num_tokens), str(load.num_words)]
+    process = await asyncio.create_subprocess_exec(
+        *("wrk", "--threads", "1", "--connections", str(load.connections), "--duration", f"{round(load.duration_s)}s"),
+        *("--timeout", "30s", "--script", str(_LUA), url, "--", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    last = output.decode().strip().splitlines()[-1]
+    if process.returncode or not last.startswith("{"):
+        raise RuntimeError(f"wrk failed:\n{output.decode()}")
+    summary: dict[str, Any] = json.loads(last)
+    return summary
+
+
+async def measure(model_path: str, num_replicas: int, load: Load, options: Sequence[str]) -> dict[str, Any]:
+    """One row: first one request at a time, then the load."""
+    async with rig(model_path, num_replicas, options) as running:
+        warm_up, single, probe = (Probe(running.url, load) for _ in range(3))
+        await warm_up.one_at_a_time(20)
+        await single.one_at_a_time(load.num_single)
+        before = _cpu(running)
+        children_before = os.times()
+        summary, _ = await asyncio.gather(wrk(running.url, load), probe.steadily(load.duration_s))
+        used = {name: seconds - before[name] for name, seconds in _cpu(running).items()}
+        children = os.times()
+    used["wrk"] = children.children_user + children.children_system
+    used["wrk"] -= children_before.children_user + children_before.children_system
+    used["probe"] = children.user + children.system - children_before.user - children_before.system
+    num_requests = summary["requests"] + len(probe.ttft_s)
+    num_errors = sum(summary["errors"].values()) + probe.num_failed + single.num_failed
+    return {
+        "replicas": num_replicas,
+        "requests_per_s": num_requests / summary["duration_s"],
+        "errors": num_errors,
+        "added_ttft_p50_ms": _added_ms(probe.ttft_s, 50),
+        "added_ttft_p99_ms": _added_ms(probe.ttft_s, 99),
+        "single_added_ttft_p50_ms": _added_ms(single.ttft_s, 50),
+        "cpu_ms_per_request": used["coordinators"] * 1e3 / num_requests,
+        "latency_p50_ms": summary["latency_p50_s"] * 1e3,
+        "latency_p99_ms": summary["latency_p99_s"] * 1e3,
+        **{f"{name}_cores": seconds / summary["duration_s"] for name, seconds in used.items()},
+    }
+
+
+def _cpu(running: Rig) -> dict[str, float]:
+    return {"coordinators": running.coordinators.cpu_s(), "workers": running.workers.cpu_s()}
+
+
+def _added_ms(ttft_s: Sequence[float], percent: int) -> float:
+    if len(ttft_s) < 2:
+        return float("nan")
+    return (statistics.quantiles(ttft_s, n=100, method="inclusive")[percent - 1] - PREFILL_S) * 1e3
+
+
+def _median_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several rounds of one arm; errors add up."""
+    rounds = list(rows)
+    merged = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+    return {**merged, "replicas": rounds[0]["replicas"], "errors": sum(row["errors"] for row in rounds)}
+
+
+def _options() -> argparse.Namespace:
+    options = parser(__doc__ or "")
+    options.add_argument("--replicas", type=int, nargs="+", default=[1, 2], metavar="N", help="arms")
+    options.add_argument("--route", choices=ROUTES, default="chat")
+    options.add_argument("--tokens", type=int, default=16, help="streamed tokens of an answer")
+    options.add_argument("--words", type=int, default=64, help="words of a prompt")
+    options.add_argument("--connections", type=int, default=360, help="requests in flight")
+    options.add_argument("--seconds", type=float, default=60, help="of load, per round")
+    options.add_argument("--probes", type=float, default=20, metavar="PER_S", help="requests whose first token is timed")
+    options.add_argument("--single", type=int, default=100, help="requests one at a time")
+    options.add_argument("--rounds", type=int, default=1, help="of every arm, in turns")
+    options.add_argument("--model", default="", help="folder or hub id of the tokenizer; the default model when not given")
+    options.add_argument("coordinator_options", nargs="*", help="after --: further options of `kvrelay coordinator`")
+    return options.parse_args()
+
+
+def main() -> None:
+    given = _options()
+    if shutil.which("wrk") is None:
+        sys.exit("bench.coordinator needs wrk; install it, for example with: apt install wrk")
+    model = resolve_model(given.model, default_cache_dir(dict(os.environ)))
+    load = Load(
+        route=given.route,
+        num_tokens=given.tokens,
+        num_words=given.words,
+        connections=given.connections,
+        duration_s=given.seconds,
+        probes_per_s=given.probes,
+        num_single=given.single,
+    )
+    rounds: dict[int, list[dict[str, Any]]] = {number: [] for number in given.replicas}
+    for _ in range(given.rounds):
+        for number, rows in rounds.items():
+            rows.append(uvloop.run(measure(str(model.path), number, load, given.coordinator_options)))
+    config = {name: value for name, value in vars(given).items() if name != "json"}
+    report = Report("coordinator", {**config, "prefill_s": PREFILL_S, "step_s": STEP_S})
+    report.rows = [_median_rows(rows) for rows in rounds.values()]
+    report.figures = dict(report.rows[-1])
+    report.notes.append("Everything shares the machine's cores. Added: TTFT less the prefill worker's time.")
+    report.finish(given.json)
+
+
+if __name__ == "__main__":
+    main()
