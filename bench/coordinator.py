@@ -69,12 +69,9 @@ class Program:
         """User and system time so far, of the whole tree."""
         with contextlib.suppress(psutil.NoSuchProcess):
             top = psutil.Process(self.process.pid)
-            return sum(times.user + times.system for times in map(_times, [top, *top.children(recursive=True)]))
+            times = [process.cpu_times() for process in [top, *top.children(recursive=True)]]
+            return sum(float(time.user + time.system) for time in times)
         return 0.0
-
-
-def _times(process: psutil.Process) -> Any:
-    return process.cpu_times()
 
 
 @contextlib.asynccontextmanager
@@ -273,10 +270,14 @@ def _options() -> argparse.Namespace:
     options.add_argument("--words", type=int, default=64, help="words of a prompt")
     options.add_argument("--connections", type=int, default=360, help="requests in flight")
     options.add_argument("--seconds", type=float, default=60, help="of load, per round")
-    options.add_argument("--probes", type=float, default=20, metavar="PER_S", help="requests whose first token is timed")
+    options.add_argument(
+        "--probes", type=float, default=20, metavar="PER_S", help="requests whose first token is timed"
+    )
     options.add_argument("--single", type=int, default=100, help="requests one at a time")
     options.add_argument("--rounds", type=int, default=1, help="of every arm, in turns")
-    options.add_argument("--model", default="", help="folder or hub id of the tokenizer; the default model when not given")
+    options.add_argument(
+        "--model", default="", help="folder or hub id of the tokenizer; the default model when not given"
+    )
     options.add_argument("coordinator_options", nargs="*", help="after --: further options of `kvrelay coordinator`")
     return options.parse_args()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.inputs import EngineInput, PromptType
@@ -21,19 +22,16 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
-from kvrelay.coordinator.output_sink import EngineOutputSink
-from kvrelay.coordinator.prompt_limits import MAX_N, check_prompt, check_request, clamp_max_tokens
-from kvrelay.coordinator.request_flow import Completion, FlowRequest
+from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
+from kvrelay.coordinator.prompt_limits import MAX_N
+from kvrelay.coordinator.request_intake import TASKS, RequestIntake
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.vllm_errors import to_vllm_error
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import InvalidRequestError, KvrelayError, NoWorkersError, OverloadedError
-from kvrelay.sampling import to_proto
 from kvrelay.tracing import Tracing, context_from_headers, current_context
 from kvrelay.v1 import common_pb2, worker_pb2
-
-_TASKS: tuple[SupportedTask, ...] = ("generate",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ class ClusterEngine(EngineControls):
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
         self._workers_changed = asyncio.Event()
-        self._vocab_size = self.model_config.get_vocab_size()
+        self._intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
 
     @property
     def is_ready(self) -> bool:
@@ -121,10 +119,7 @@ class ClusterEngine(EngineControls):
         Closing or cancelling the generator ends the request on the workers. Raises
         `VLLMValidationError` for what can never work and `ClusterRequestError` for the rest.
         """
-        timeline = RequestTimeline()
-        timeline.mark("gateway.received")
-        parent = context_from_headers(trace_headers) if trace_headers else current_context()
-        trace = RequestTrace(self._tracing, parent, {"request.id": request_id})
+        timeline, trace = self._begin(request_id, trace_headers)
         queue: RequestOutputCollector | None = None
         finished = False
         try:
@@ -133,8 +128,9 @@ class ClusterEngine(EngineControls):
             if sampling_params.structured_outputs and reasoning_parser_kwargs and not reasoning_ended:
                 raise InvalidRequestError("structured output after reasoning is not offered", field="response_format")
             self._admit(sampling_params.n)
-            check_request(sampling_params, priority, max_completions=self._config.max_completions_per_request)
-            request = await self._process(prompt, sampling_params, request_id, tokenization_kwargs, priority)
+            request = await self._intake.process(
+                prompt, sampling_params, request_id, tokenization_kwargs=tokenization_kwargs, priority=priority
+            )
             queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
             while not finished:
                 output = queue.get_nowait() or await queue.get()
@@ -152,6 +148,38 @@ class ClusterEngine(EngineControls):
             if queue is not None and not finished:
                 self._abort([queue.request_id], internal=True)
 
+    async def open_stream(
+        self,
+        prompt: EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        make_receiver: Callable[[EngineCoreRequest], TokenReceiver],
+        *,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+    ) -> Callable[[], None]:
+        """Generate one completion of a rendered prompt into a receiver, which is made for what is sent to workers.
+
+        Returns what ends it: to be called in any case, also when the receiver has got everything. Raises `KvrelayError`
+        and what vLLM raises for a bad request; then the receiver is not called.
+        """
+        timeline, trace = self._begin(request_id, trace_headers)
+        try:
+            self._admit(1)
+            request = self._intake.process_rendered(prompt, sampling_params, request_id, priority=priority)
+            self.input_processor.assign_request_id(request)
+            flow = self._intake.flow_request(request, [request])
+            self._sink.receivers[request.request_id] = make_receiver(request)
+            try:
+                self._dispatcher.submit(flow, timeline, trace)
+            except BaseException:
+                self._sink.receivers.pop(request.request_id)
+                raise
+        except Exception as error:
+            trace.close(str(error))
+            raise
+        return partial(self._close_stream, request.request_id, trace)
+
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse at once what `generate` would refuse now for want of room or workers."""
         try:
@@ -166,7 +194,7 @@ class ClusterEngine(EngineControls):
         self._abort([request_id] if isinstance(request_id, str) else list(request_id), internal=False)
 
     async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
-        return _TASKS
+        return TASKS
 
     async def is_tracing_enabled(self) -> bool:
         return self._tracing.enabled
@@ -212,40 +240,11 @@ class ClusterEngine(EngineControls):
         return [view for view in self._pool.views() if view.model == self.served_model_name]
 
     def _admit(self, num_completions: int) -> None:
-        in_flight = self._outputs.get_num_unfinished_requests()
+        in_flight = self._outputs.get_num_unfinished_requests() + len(self._sink.receivers)
         if in_flight + num_completions > self._config.max_requests:
             raise OverloadedError(
                 f"{in_flight} completions are in flight and at most {self._config.max_requests} are taken; try later"
             )
-
-    async def _process(
-        self,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        tokenization_kwargs: dict[str, Any] | None,
-        priority: int,
-    ) -> EngineCoreRequest:
-        """vLLM's own processing between our checks; raw prompts are tokenized in a thread."""
-        limit = self.model_config.max_model_len
-        is_rendered = isinstance(prompt, dict) and "type" in prompt
-        if is_rendered and prompt["type"] != "token":
-            raise InvalidRequestError(f"prompts of type {prompt['type']!r} are not offered", field="prompt")
-        if is_rendered:
-            check_prompt(prompt["prompt_token_ids"], max_model_len_tokens=limit, vocab_size=self._vocab_size)
-        arguments = {"tokenization_kwargs": tokenization_kwargs, "priority": priority}
-        if is_rendered:
-            request = self.input_processor.process_inputs(request_id, prompt, params, _TASKS, **arguments)
-        else:
-            process = self.input_processor.process_inputs_async
-            request = await process(request_id, prompt, params, _TASKS, **arguments)
-        token_ids = request.prompt_token_ids
-        if token_ids is None or request.mm_features or request.prompt_embeds is not None:
-            raise InvalidRequestError("only prompts of text or token ids are offered", field="prompt")
-        check_prompt(token_ids, max_model_len_tokens=limit, vocab_size=self._vocab_size)
-        assert request.sampling_params is not None
-        clamp_max_tokens(request.sampling_params, len(token_ids), limit)
-        return request
 
     def _submit(
         self, request: EngineCoreRequest, prompt_text: str | None, timeline: RequestTimeline, trace: RequestTrace
@@ -253,31 +252,29 @@ class ClusterEngine(EngineControls):
         """Register the completions with the output processor and start them; on failure nothing is left."""
         self.input_processor.assign_request_id(request)
         assert request.sampling_params is not None
-        assert request.prompt_token_ids is not None
-        assert request.external_req_id is not None
         request_id = request.request_id
         queue = RequestOutputCollector(request.sampling_params.output_kind, request_id)
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         children = _children(request, parent) if parent else [request]
-        flow = FlowRequest(
-            request_id=request_id,
-            external_id=request.external_req_id,
-            prompt_token_ids=request.prompt_token_ids,
-            completions=[
-                Completion(request_id=child.request_id, sampling=to_proto(child.params)) for child in children
-            ],
-            max_model_len_tokens=self.model_config.max_model_len,
-            cache_salt=request.cache_salt or "",
-            priority=request.priority,
-        )
         for index, child in enumerate(children):
             self._outputs.add_request(child, prompt_text, parent, index, queue)
         try:
-            self._dispatcher.submit(flow, timeline, trace)
+            self._dispatcher.submit(self._intake.flow_request(request, children), timeline, trace)
         except BaseException:
             self._outputs.abort_requests([request_id], internal=True)
             raise
         return queue
+
+    def _begin(self, request_id: str, trace_headers: Mapping[str, str] | None) -> tuple[RequestTimeline, RequestTrace]:
+        timeline = RequestTimeline()
+        timeline.mark("gateway.received")
+        parent = context_from_headers(trace_headers) if trace_headers else current_context()
+        return timeline, RequestTrace(self._tracing, parent, {"request.id": request_id})
+
+    def _close_stream(self, request_id: str, trace: RequestTrace) -> None:
+        if self._sink.receivers.pop(request_id, None) is not None:
+            trace.close("cancelled")
+            self._dispatcher.cancel([request_id])
 
     def _abort(self, request_ids: list[str], *, internal: bool) -> None:
         self._dispatcher.cancel(self._outputs.abort_requests(request_ids, internal))

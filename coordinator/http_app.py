@@ -13,10 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 
 from kvrelay.coordinator.http_body import ClientGoneError, read_json
+from kvrelay.coordinator.http_connection import Connection, connection_of
 from kvrelay.coordinator.http_errors import HttpError, error_of, with_parameter
 from kvrelay.coordinator.http_reply import Reply, until_disconnect
 from kvrelay.coordinator.http_routes import Call, Routes
 from kvrelay.coordinator.http_serving import ServingOptions, build_serving
+from kvrelay.coordinator.plain_streams.serving import PlainStreams, StreamEngine
 from kvrelay.coordinator.request_limits import RequestLimits
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -31,21 +33,26 @@ def build_app(
     ready: Callable[[], bool],
     limits: RequestLimits | None = None,
     options: ServingOptions | None = None,
+    streams: StreamEngine | None = None,
 ) -> ASGIApp:
     """The OpenAI API over `engine`, to be run in the engine's event loop; `ready` tells whether it can serve now.
+
+    Plain streams go to `streams`, where that is given and the server is `http_server`.
 
     Owns nothing: starting and ending the engine is the caller's. Raises what vLLM raises for an unknown parser.
     """
     limits = limits or RequestLimits()
     serving = build_serving(engine, served_model_name, options or ServingOptions())
-    return Gateway(Routes(serving, limits, ready), limits)
+    plain = PlainStreams(streams, serving, limits) if streams is not None else None
+    return Gateway(Routes(serving, limits, ready), limits, plain)
 
 
 class Gateway:
     """Finds the route of a request, and turns every failure into OpenAI's error object."""
 
-    def __init__(self, routes: Routes, limits: RequestLimits) -> None:
+    def __init__(self, routes: Routes, limits: RequestLimits, plain: PlainStreams | None) -> None:
         self._limits = limits
+        self._plain = plain
         self._models = routes.model
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", routes.chat),
@@ -82,12 +89,19 @@ class Gateway:
             if method == "POST":
                 body = await read_json(receive, headers, self._limits)
             call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
-            await until_disconnect(receive, handler(call))
+            connection = connection_of(scope)
+            if connection is None or not await self._streamed(call, connection):
+                await until_disconnect(receive, handler(call))
         except ClientGoneError:
             return
         except Exception as exception:
             given = body if isinstance(body, dict) else {}
             await reply.error(with_parameter(error_of(exception, request_id), given))
+
+    async def _streamed(self, call: Call, connection: Connection) -> bool:
+        """Whether it was a plain request, and is answered."""
+        plain = self._plain
+        return plain is not None and plain.takes(call) and await plain.answer(call, connection)
 
     def _find(self, path: str) -> tuple[str, Handler]:
         if path.startswith("/v1/models/"):

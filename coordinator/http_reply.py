@@ -55,8 +55,15 @@ class Reply:
                 if error := error_of_event(event, self._request_id):
                     raise error
                 if not self.has_begun:
-                    await self._begin(200, _SSE)
+                    await self.begin_events()
                 await self._send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await self.end_events()
+
+    async def begin_events(self) -> None:
+        """Send the status of a stream, whose events may go another way then."""
+        await self._begin(200, _SSE)
+
+    async def end_events(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:

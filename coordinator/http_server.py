@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from kvrelay.coordinator.http_connection import StreamProtocol
+
 BACKLOG = 2048
 
 
@@ -58,7 +60,7 @@ async def http_server(app: Any, listen: str, *, drain_s: float, shares_port: boo
             listeners.append(sockets.enter_context(bind(with_free_port(listen))))
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=StreamProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

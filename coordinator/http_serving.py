@@ -20,7 +20,7 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
-_HEADERS_FOR_VLLM = ("traceparent", "tracestate")
+TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,5 +92,5 @@ def request_for_vllm(headers: Headers, request_id: str) -> Request:
 
     Other headers are kept from them: there are some that choose an engine or overrule the body.
     """
-    given = [(name.encode(), headers[name].encode("latin-1")) for name in _HEADERS_FOR_VLLM if name in headers]
+    given = [(name.encode(), headers[name].encode("latin-1")) for name in TRACE_HEADERS if name in headers]
     return Request({"type": "http", "headers": [*given, (b"x-request-id", request_id.encode())]})

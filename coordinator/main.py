@@ -78,6 +78,7 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
     with _cluster_engine(config, pool, tracing) as engine:
         app = build_app(
             engine,
+            streams=engine,
             served_model_name=engine.served_model_name,
             ready=lambda: engine.is_ready and not stopping.has_begun,
             limits=config.limits,

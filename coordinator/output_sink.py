@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import structlog
 from vllm.v1.engine import EngineCoreOutput
@@ -18,6 +19,16 @@ from kvrelay.v1 import common_pb2, worker_pb2
 _log = structlog.get_logger(__name__)
 
 
+class TokenReceiver(Protocol):
+    """Takes the tokens of one completion itself. Called in the event loop; must not block."""
+
+    def take(self, delta: worker_pb2.TokenDelta) -> bool:
+        """Returns whether it needs no more of them."""
+
+    def fail(self, error: KvrelayError) -> None:
+        """No more tokens will come."""
+
+
 class EngineOutputSink:
     """Implements the dispatcher's `OutputSink`; keeps the timelines of the latest requests."""
 
@@ -25,6 +36,8 @@ class EngineOutputSink:
         self._output_processor = output_processor
         self._max_timelines = max_timelines
         self._timelines: OrderedDict[str, common_pb2.Timeline] = OrderedDict()
+        self.receivers: dict[str, TokenReceiver] = {}
+        """By completion; the output processor has the others. One that has got its last token is taken out."""
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
@@ -35,10 +48,16 @@ class EngineOutputSink:
         stopped: list[str] = []
         outputs: list[EngineCoreOutput] = []
         for delta in deltas:
+            if receiver := self.receivers.get(delta.request_id):
+                if self._hand_over(receiver, delta):
+                    stopped.append(delta.request_id)
+                continue
             try:
                 outputs.append(to_engine_output(delta))
             except ValueError as error:
                 stopped += self._drop(delta.request_id, error)
+        if not outputs:
+            return stopped
         try:
             stopped += self._output_processor.process_outputs(outputs).reqs_to_abort
         except Exception as error:
@@ -50,6 +69,9 @@ class EngineOutputSink:
     def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
         """The caller's next read raises the error; tokens it has not read yet are lost."""
         for completion_id in completion_ids:
+            if receiver := self.receivers.pop(completion_id, None):
+                receiver.fail(error)
+                continue
             state = self._output_processor.request_states.get(completion_id)
             if state is None:
                 continue
@@ -65,6 +87,17 @@ class EngineOutputSink:
     def timeline(self, external_id: str) -> common_pb2.Timeline | None:
         """The timeline of a request that is over, unless many others have ended since."""
         return self._timelines.get(external_id)
+
+    def _hand_over(self, receiver: TokenReceiver, delta: worker_pb2.TokenDelta) -> bool:
+        try:
+            stopped = receiver.take(delta)
+        except Exception as error:
+            _log.exception("a token could not be processed", request_id=delta.request_id)
+            self._drop(delta.request_id, error)
+            return True
+        if stopped or delta.finish_reason:
+            del self.receivers[delta.request_id]
+        return stopped
 
     def _drop(self, completion_id: str, error: Exception) -> list[str]:
         self.fail([completion_id], GenerationFailedError(f"the output could not be processed: {error}"))

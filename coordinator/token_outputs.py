@@ -8,7 +8,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from kvrelay.logprobs import proto_to_lists, proto_to_tensors
 from kvrelay.v1 import common_pb2, worker_pb2
 
-_FINISH_REASONS: dict[int, FinishReason | None] = {
+FINISH_REASONS: dict[int, FinishReason | None] = {
     common_pb2.FINISH_REASON_UNSPECIFIED: None,
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -27,7 +27,7 @@ def to_engine_output(delta: worker_pb2.TokenDelta) -> EngineCoreOutput:
         new_prompt_logprobs_tensors=(
             proto_to_tensors(delta.prompt_logprobs) if delta.HasField("prompt_logprobs") else None
         ),
-        finish_reason=_FINISH_REASONS.get(delta.finish_reason, FinishReason.ERROR),
+        finish_reason=FINISH_REASONS.get(delta.finish_reason, FinishReason.ERROR),
         stop_reason=delta.stop_token_id if delta.HasField("stop_token_id") else None,
         prefill_stats=(
             PrefillStats(num_cached_tokens=delta.num_cached_tokens) if delta.HasField("num_cached_tokens") else None

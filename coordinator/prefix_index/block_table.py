@@ -22,9 +22,9 @@ class BlockTable:
     """A hash table of bitsets that looks up all keys of a prompt at once.
 
     Keys are parts of cryptographic hashes, so their lowest bits name the bucket. A bucket has eight slots; the few keys
-    that find theirs full (under 1 % at half load, the most that is allowed) lie in spare slots behind the buckets, where
-    a dict finds them. A slot is free when its key is 0. Bit b of a block is bit b % 64 of `words[slot, b // 64]`; a block
-    without bits is not kept.
+    that find theirs full (under 1 % at half load, the most that is allowed) lie in spare slots behind the buckets,
+    where a dict finds them. A slot is free when its key is 0. Bit b of a block is bit b % 64 of `words[slot, b // 64]`;
+    a block without bits is not kept.
     """
 
     def __init__(self) -> None:

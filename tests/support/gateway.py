@@ -57,6 +57,7 @@ async def gateway(
     async with fake_cluster(front_end, tokens, with_prefill=with_prefill, tracing=tracing, config=config) as cluster:
         app = build_app(
             cluster.engine,
+            streams=cluster.engine,
             served_model_name=front_end.served_model_name,
             ready=ready or (lambda: cluster.engine.is_ready),
             limits=limits,

@@ -1,0 +1,79 @@
+"""How does a stream write to its connection the moment it has something, without a task that wakes for every piece?
+
+ASGI sends from a coroutine. So uvicorn's protocol offers itself to the application as an extension of the scope: a
+response that has begun, chunked as uvicorn begins those of unknown length, may be continued here, and is ended through
+ASGI again.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_EXTENSION = "kvrelay.connection"
+
+
+class StreamListener(Protocol):
+    """Who streams on a connection. Called in the event loop; must not block."""
+
+    def on_writable(self) -> None:
+        """The client has read on."""
+
+    def on_gone(self) -> None:
+        """The connection is closed."""
+
+
+class Connection(Protocol):
+    """What a stream needs of the connection that it answers on."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client reads: false while more waits to be sent than the transport wants to hold."""
+
+    def attach(self, listener: StreamListener | None) -> None:
+        """Tell this one from now on, or nobody. A connection that is closed tells at once."""
+
+    def write(self, body: bytes) -> None:
+        """Send a piece of the body of a response that has begun; taken in any case, and dropped once it is closed."""
+
+
+class StreamProtocol(HttpToolsProtocol):
+    """uvicorn's, which implements `Connection`."""
+
+    _listener: StreamListener | None = None
+    _is_lost = False
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {_EXTENSION: self}  # type: ignore[dict-item]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._is_lost = True
+        self.attach(self._listener)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._listener is not None and not self._is_lost:
+            self._listener.on_writable()
+
+    @property
+    def is_writable(self) -> bool:
+        return not self.flow.write_paused
+
+    def attach(self, listener: StreamListener | None) -> None:
+        self._listener = listener
+        if listener is not None and self._is_lost:
+            listener.on_gone()
+
+    def write(self, body: bytes) -> None:
+        if not self._is_lost:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+
+def connection_of(scope: Scope) -> Connection | None:
+    """None where the application runs under another server."""
+    connection: Connection | None = scope.get("extensions", {}).get(_EXTENSION)
+    return connection

@@ -1,0 +1,83 @@
+"""What is checked and made of a request between its caller and the dispatcher?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreRequest
+
+from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.prompt_limits import check_prompt, check_request, clamp_max_tokens
+from kvrelay.coordinator.request_flow import Completion, FlowRequest
+from kvrelay.errors import InvalidRequestError
+from kvrelay.sampling import to_proto
+
+TASKS: tuple[SupportedTask, ...] = ("generate",)
+
+
+class RequestIntake:
+    """vLLM's own processing between our checks."""
+
+    def __init__(self, front_end: FrontEnd, *, max_completions_per_request: int) -> None:
+        self._model_config = front_end.model_config
+        self._input_processor = front_end.input_processor
+        self._vocab_size = self._model_config.get_vocab_size()
+        self._max_completions = max_completions_per_request
+
+    async def process(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        priority: int = 0,
+    ) -> EngineCoreRequest:
+        """A prompt in any of vLLM's forms; raw ones are tokenized in a thread. Raises `InvalidRequestError`."""
+        if isinstance(prompt, dict) and "type" in prompt:
+            return self.process_rendered(prompt, params, request_id, priority=priority)
+        check_request(params, priority, max_completions=self._max_completions)
+        process = self._input_processor.process_inputs_async
+        arguments = {"tokenization_kwargs": tokenization_kwargs, "priority": priority}
+        return self._checked(await process(request_id, prompt, params, TASKS, **arguments))
+
+    def process_rendered(
+        self, prompt: Any, params: SamplingParams, request_id: str, *, priority: int = 0
+    ) -> EngineCoreRequest:
+        """What vLLM's renderer has made of a prompt. Raises `InvalidRequestError`."""
+        check_request(params, priority, max_completions=self._max_completions)
+        if prompt["type"] != "token":
+            raise InvalidRequestError(f"prompts of type {prompt['type']!r} are not offered", field="prompt")
+        self._check_prompt(prompt["prompt_token_ids"])
+        return self._checked(self._input_processor.process_inputs(request_id, prompt, params, TASKS, priority=priority))
+
+    def flow_request(self, request: EngineCoreRequest, children: Sequence[EngineCoreRequest]) -> FlowRequest:
+        """What the dispatcher gets of a request that has its id."""
+        assert request.external_req_id is not None
+        assert request.prompt_token_ids is not None
+        return FlowRequest(
+            request_id=request.request_id,
+            external_id=request.external_req_id,
+            prompt_token_ids=request.prompt_token_ids,
+            completions=[
+                Completion(request_id=child.request_id, sampling=to_proto(child.params)) for child in children
+            ],
+            max_model_len_tokens=self._model_config.max_model_len,
+            cache_salt=request.cache_salt or "",
+            priority=request.priority,
+        )
+
+    def _checked(self, request: EngineCoreRequest) -> EngineCoreRequest:
+        token_ids = request.prompt_token_ids
+        if token_ids is None or request.mm_features or request.prompt_embeds is not None:
+            raise InvalidRequestError("only prompts of text or token ids are offered", field="prompt")
+        self._check_prompt(token_ids)
+        assert request.sampling_params is not None
+        clamp_max_tokens(request.sampling_params, len(token_ids), self._model_config.max_model_len)
+        return request
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        check_prompt(token_ids, max_model_len_tokens=self._model_config.max_model_len, vocab_size=self._vocab_size)
