@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -13,21 +12,7 @@ from kvrelay.client.http_pool import HttpPool, Origin
 from kvrelay.client.replay.answer_reader import error_text
 from kvrelay.client.replay.words import words
 from kvrelay.errors import KvrelayError, ModelNotFoundError, error_from_http
-
-
-class Api(enum.StrEnum):
-    COMPLETIONS = "completions"
-    CHAT = "chat"
-
-
-class PromptKind(enum.StrEnum):
-    """What a prompt is made of."""
-
-    TOKENS = "tokens"
-    """Token ids: as long as in the trace, exactly."""
-    TEXT = "text"
-    """A word per token: about as long, as the server's tokenizer has it."""
-
+from kvrelay.workload.request_form import Api, PromptKind
 
 _PATHS = {Api.COMPLETIONS: "/v1/completions", Api.CHAT: "/v1/chat/completions"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvrelay import __version__
-from kvrelay.cli import clients, cluster_commands
+from kvrelay.cli import clients, cluster_commands, compare_command, replay_command
 from kvrelay.cli.engine_command import EngineCommand
 from kvrelay.cli.failure import EXIT_CODES
 from kvrelay.cli.role_commands import role_app
@@ -42,6 +42,8 @@ app.command(rich_help_panel=USE)(clients.chat)
 app.command(rich_help_panel=USE)(clients.generate)
 app.command(rich_help_panel=USE)(clients.workers)
 app.add_typer(role_app, rich_help_panel=USE)
+app.command(rich_help_panel=USE)(replay_command.replay)
+app.command(rich_help_panel=USE)(compare_command.compare)
 app.command(rich_help_panel=USE)(version)
 
 

@@ -99,10 +99,10 @@ def _ends_s(outcomes: Sequence[Outcome]) -> _Values:
 
 
 def _per_s(times_s: _Values, edges: _Values) -> _Values:
-    return np.asarray(np.histogram(times_s, edges)[0] / np.diff(edges), dtype=np.float64)
+    return np.histogram(times_s, edges)[0] / np.diff(edges)
 
 
 def _bins(until_s: float) -> _Values:
     """Edges of equal bins of a round length from 0 to past `until_s`, not too many."""
     width_s = next((width_s for width_s in _BINS_S if until_s / width_s <= _MOST_BINS), until_s / _MOST_BINS)
-    return np.arange(int(until_s / width_s) + 2) * width_s
+    return np.arange(int(until_s / width_s) + 2, dtype=np.float64) * width_s

@@ -13,20 +13,9 @@ import numpy.typing as npt
 
 from kvrelay.workload.latencies import Latencies, latencies_of
 from kvrelay.workload.outcome import Outcome, Status
+from kvrelay.workload.targets import Targets
 
 _MOST_ERRORS = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """What a request must keep to count as good; None asks for nothing."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    """The mean gap of the request."""
-    itl_s: float | None = None
-    """Its longest gap."""
-    e2e_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

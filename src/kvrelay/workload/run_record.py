@@ -14,7 +14,8 @@ import numpy as np
 
 from kvrelay.workload.latencies import latencies_of
 from kvrelay.workload.outcome import Outcome, Status
-from kvrelay.workload.report import Summary, Targets, summarize
+from kvrelay.workload.report import Summary, summarize
+from kvrelay.workload.targets import Targets
 
 FORMAT = 1
 _NUM_QUANTILES = 201

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from rich.table import Table
 
-from kvrelay.workload.report import Percentiles, Summary, Targets
+from kvrelay.workload.report import Percentiles, Summary
+from kvrelay.workload.targets import Targets
 
 _UNKNOWN = "-"
 TITLES = {"ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "e2e": "end to end"}
@@ -61,8 +62,8 @@ _COMPARED: dict[str, Callable[[Summary], str]] = {
     "rejected": lambda summary: f"{summary.num_rejected:,}",
     "failed": lambda summary: f"{summary.num_failed:,}",
     "TTFT p50 s": lambda summary: seconds(summary.ttft_s.p50),
-    "p90 s": lambda summary: seconds(summary.ttft_s.p90),
-    "p99 s": lambda summary: seconds(summary.ttft_s.p99),
+    "TTFT p90 s": lambda summary: seconds(summary.ttft_s.p90),
+    "TTFT p99 s": lambda summary: seconds(summary.ttft_s.p99),
     "ITL p50 s": lambda summary: seconds(summary.itl_s.p50),
     "ITL p99 s": lambda summary: seconds(summary.itl_s.p99),
     "TPOT p90 s": lambda summary: seconds(summary.tpot_s.p90),
@@ -73,13 +74,13 @@ _COMPARED: dict[str, Callable[[Summary], str]] = {
 
 
 def comparison_table(summaries: Mapping[str, Summary]) -> Table:
-    """One row per load, by its name."""
+    """One column per load, under its name: figures that are to be compared stand side by side."""
     table = Table(title="Loads compared", title_justify="left")
-    table.add_column("")
-    for column in _COMPARED:
-        table.add_column(column, justify="right")
-    for name, summary in summaries.items():
-        table.add_row(name, *(text(summary) for text in _COMPARED.values()))
+    table.add_column("", no_wrap=True)
+    for name in summaries:
+        table.add_column(name, justify="right", overflow="fold")
+    for title, text in _COMPARED.items():
+        table.add_row(title, *(text(summary) for summary in summaries.values()))
     return table
 
 

@@ -9,8 +9,11 @@ from typer.testing import CliRunner
 from kvrelay import __version__
 from kvrelay.cli import app
 
-COMMANDS = ["up", "coordinator", "prefill-worker", "decode-worker", "chat", "generate", "workers", "version"]
-HEAVY = {"grpc", "vllm", "torch", "opentelemetry", "fastapi", "google"}
+COMMANDS = [
+    *("up", "coordinator", "prefill-worker", "decode-worker"),
+    *("chat", "generate", "workers", "replay", "compare", "version"),
+]
+HEAVY = {"grpc", "matplotlib", "numpy", "vllm", "torch", "opentelemetry", "fastapi", "google"}
 
 
 def test_the_commands() -> None:

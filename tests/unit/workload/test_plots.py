@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 
 from kvrelay.workload.comparison_plots import comparison_figure, sweep_figure, write_comparison
 from kvrelay.workload.outcome import Outcome, Status
@@ -63,7 +64,7 @@ def test_requests_in_flight_are_those_due_and_not_ended() -> None:
     (line,) = load_figure(record(outcomes), outcomes).axes[5].lines
     times_s, in_flight = line.get_data()
     assert list(np.interp([0.5, 2.2, 2.8, 3.5], times_s, in_flight)) == [1, 2, 2, 1]
-    assert in_flight[-1] == 0
+    assert np.asarray(in_flight)[-1] == 0
 
 
 def test_rates_add_up_to_the_requests() -> None:
@@ -71,6 +72,7 @@ def test_rates_add_up_to_the_requests() -> None:
     for stairs, expected in zip(
         load_figure(record(outcomes), outcomes).axes[4].patches, (500, 425, 50, 25), strict=True
     ):
+        assert isinstance(stairs, StepPatch)
         values, edges, _ = stairs.get_data()
         assert float((values * np.diff(edges)).sum()) == pytest.approx(expected)
 
@@ -96,7 +98,7 @@ def test_a_comparison_has_a_line_for_each_load_in_each_panel(tmp_path: Path) -> 
         assert [line.get_label() for line in axes.lines] == ["cost", "random", "oracle"]
         for line in axes.lines:
             assert np.all(np.diff(line.get_xdata()) >= 0)
-            assert line.get_ydata()[-1] == 100
+            assert np.asarray(line.get_ydata())[-1] == 100
     picture, page = write_comparison("Policies", records, tmp_path)
     assert picture.stat().st_size < _MOST_BYTES
     assert page.read_text().count("<th>TTFT</th>") == 3

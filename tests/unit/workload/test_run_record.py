@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvrelay.workload.report import Targets, summarize
+from kvrelay.workload.report import summarize
 from kvrelay.workload.run_record import RunRecord, RunRecordError, read_record, record_of
+from kvrelay.workload.targets import Targets
 from tests.support.outcomes import completed, mixed_load
 
 
