@@ -43,7 +43,7 @@ PREFILL_S = STEP_S = 0.02
 ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 _LUA = Path(__file__).with_suffix(".lua")
 _START_TIMEOUT_S = 120
-_WORDS = "sky blue child tell water light river stone green cloud north bird".split()
+_WORDS = ["sky", "blue", "child", "tell", "water", "light", "river", "stone", "green", "cloud", "north", "bird"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

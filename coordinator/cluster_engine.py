@@ -24,6 +24,7 @@ from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
 from kvrelay.coordinator.prompt_limits import MAX_N
+from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
@@ -74,7 +75,7 @@ class ClusterEngine(EngineControls):
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
         self._workers_changed = asyncio.Event()
-        self._intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
+        self.intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
 
     @property
     def is_ready(self) -> bool:
@@ -128,7 +129,7 @@ class ClusterEngine(EngineControls):
             if sampling_params.structured_outputs and reasoning_parser_kwargs and not reasoning_ended:
                 raise InvalidRequestError("structured output after reasoning is not offered", field="response_format")
             self._admit(sampling_params.n)
-            request = await self._intake.process(
+            request = await self.intake.process(
                 prompt, sampling_params, request_id, tokenization_kwargs=tokenization_kwargs, priority=priority
             )
             queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
@@ -149,29 +150,19 @@ class ClusterEngine(EngineControls):
                 self._abort([queue.request_id], internal=True)
 
     async def open_stream(
-        self,
-        prompt: EngineInput,
-        sampling_params: SamplingParams,
-        request_id: str,
-        make_receiver: Callable[[EngineCoreRequest], TokenReceiver],
-        *,
-        trace_headers: Mapping[str, str] | None = None,
-        priority: int = 0,
+        self, request: FlowRequest, receiver: TokenReceiver, trace_headers: Mapping[str, str]
     ) -> Callable[[], None]:
-        """Generate one completion of a rendered prompt into a receiver, which is made for what is sent to workers.
+        """Generate the only completion of a request that was checked into a receiver.
 
-        Returns what ends it: to be called in any case, also when the receiver has got everything. Raises `KvrelayError`
-        and what vLLM raises for a bad request; then the receiver is not called.
+        Returns what ends it: to be called in any case, also when the receiver has got everything. Raises
+        `KvrelayError`; then the receiver is not called.
         """
-        timeline, trace = self._begin(request_id, trace_headers)
+        timeline, trace = self._begin(request.external_id, trace_headers)
         try:
             self._admit(1)
-            request = self._intake.process_rendered(prompt, sampling_params, request_id, priority=priority)
-            self.input_processor.assign_request_id(request)
-            flow = self._intake.flow_request(request, [request])
-            self._sink.receivers[request.request_id] = make_receiver(request)
+            self._sink.receivers[request.request_id] = receiver
             try:
-                self._dispatcher.submit(flow, timeline, trace)
+                self._dispatcher.submit(request, timeline, trace)
             except BaseException:
                 self._sink.receivers.pop(request.request_id)
                 raise
@@ -259,7 +250,7 @@ class ClusterEngine(EngineControls):
         for index, child in enumerate(children):
             self._outputs.add_request(child, prompt_text, parent, index, queue)
         try:
-            self._dispatcher.submit(self._intake.flow_request(request, children), timeline, trace)
+            self._dispatcher.submit(self.intake.flow_request(request, children), timeline, trace)
         except BaseException:
             self._outputs.abort_requests([request_id], internal=True)
             raise

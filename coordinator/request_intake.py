@@ -51,7 +51,7 @@ class RequestIntake:
         check_request(params, priority, max_completions=self._max_completions)
         if prompt["type"] != "token":
             raise InvalidRequestError(f"prompts of type {prompt['type']!r} are not offered", field="prompt")
-        self._check_prompt(prompt["prompt_token_ids"])
+        self.check_prompt(prompt["prompt_token_ids"])
         return self._checked(self._input_processor.process_inputs(request_id, prompt, params, TASKS, priority=priority))
 
     def flow_request(self, request: EngineCoreRequest, children: Sequence[EngineCoreRequest]) -> FlowRequest:
@@ -74,10 +74,11 @@ class RequestIntake:
         token_ids = request.prompt_token_ids
         if token_ids is None or request.mm_features or request.prompt_embeds is not None:
             raise InvalidRequestError("only prompts of text or token ids are offered", field="prompt")
-        self._check_prompt(token_ids)
+        self.check_prompt(token_ids)
         assert request.sampling_params is not None
         clamp_max_tokens(request.sampling_params, len(token_ids), self._model_config.max_model_len)
         return request
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Raises `InvalidRequestError`."""
         check_prompt(token_ids, max_model_len_tokens=self._model_config.max_model_len, vocab_size=self._vocab_size)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-MAX_TEXT_CHARS = 8192
-"""A prompt of so many is tokenized in about two milliseconds: as long may the event loop stand still for it."""
 
 _SAMPLING = frozenset(
     {
@@ -19,7 +15,6 @@ _SAMPLING = frozenset(
         "frequency_penalty",
         "repetition_penalty",
         "ignore_eos",
-        "min_tokens",
         "stop",
         "stop_token_ids",
         "include_stop_str_in_output",
@@ -42,13 +37,6 @@ def is_plain(body: Any) -> bool:
     if isinstance(options, dict) and options.get("continuous_usage_stats"):
         return False
     return _are_plain_messages(body["messages"]) if "messages" in body else _is_one_prompt(body.get("prompt"))
-
-
-def num_text_chars(fields: Mapping[str, Any]) -> int:
-    """Of a plain request's prompt; 0 when it is token ids."""
-    if "messages" in fields:
-        return sum(len(message["content"]) for message in fields["messages"])
-    return len(fields["prompt"]) if isinstance(fields["prompt"], str) else 0
 
 
 def _are_plain_messages(messages: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from kvrelay.coordinator.http_body import ClientGoneError
@@ -23,12 +22,20 @@ class PlainStream:
     Holds back what comes before `open`, and while the client does not read: that becomes one event then.
     """
 
-    def __init__(self, connection: Connection, events: Events, *, tells_usage: bool) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        events: Events,
+        detokenizer: IncrementalDetokenizer,
+        *,
+        num_prompt_tokens: int,
+        tells_usage: bool,
+    ) -> None:
         self._connection = connection
         self._events = events
+        self._detokenizer = detokenizer
+        self._num_prompt_tokens = num_prompt_tokens
         self._tells_usage = tells_usage
-        self._detokenizer = IncrementalDetokenizer()
-        self._num_prompt_tokens = 0
         self._num_cached_tokens: int | None = None
         self._is_open = False
         self._lead = b""
@@ -42,11 +49,6 @@ class PlainStream:
         """Done when there is something to send; fails with a `KvrelayError` or `ClientGoneError`."""
         self.ended: asyncio.Future[None] = loop.create_future()
         """Done when everything was sent; fails like `began`, after that."""
-
-    def bind(self, request: EngineCoreRequest, detokenizer: IncrementalDetokenizer) -> None:
-        """Before the first token: what the tokens are an answer to, and what makes text of them."""
-        self._num_prompt_tokens = len(request.prompt_token_ids or ())
-        self._detokenizer = detokenizer
 
     def open(self) -> None:
         """The response has begun."""
