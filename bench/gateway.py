@@ -29,6 +29,7 @@ from bench.report import Report, parser, spread
 from bench.scripted_engine import ScriptedEngine
 from kvrelay.coordinator.front_end import FrontEnd, FrontEndConfig, build_front_end
 from kvrelay.coordinator.http_app import build_app
+from kvrelay.coordinator.http_routes import Probes
 from kvrelay.models import default_cache_dir, resolve_model
 
 MODEL = "model"
@@ -134,7 +135,7 @@ async def measure(front_end: FrontEnd, num_rounds: int, num_requests: int) -> li
     arms = {
         "plain": plain_app(engine, no_render),
         "plain+render": plain_app(engine, renderer_of(front_end)),
-        "vllm": build_app(engine, served_model_name=MODEL, ready=lambda: True),
+        "vllm": build_app(engine, served_model_name=MODEL, probes=Probes(ready=lambda: True)),
     }
     lengths = (SHORT_TOKENS, LONG_TOKENS)
     cases = [(route, arm, length) for route in BODIES for length in lengths for arm in arms]

@@ -22,13 +22,14 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
 from kvrelay.coordinator.prompt_limits import MAX_N
 from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
-from kvrelay.coordinator.vllm_errors import to_vllm_error
+from kvrelay.coordinator.vllm_errors import from_vllm_error, to_vllm_error
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import InvalidRequestError, KvrelayError, NoWorkersError, OverloadedError
 from kvrelay.tracing import Tracing, context_from_headers, current_context
@@ -71,7 +72,8 @@ class ClusterEngine(EngineControls):
         self._tracing = tracing or Tracing()
         self._config = config or ClusterEngineConfig()
         self._outputs = front_end.output_processor
-        self._sink = EngineOutputSink(self._outputs, self._config.max_timelines)
+        self.metrics = RequestMetrics()
+        self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_timelines)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
         self._workers_changed = asyncio.Event()
@@ -139,9 +141,12 @@ class ClusterEngine(EngineControls):
                 assert isinstance(output, RequestOutput)
                 yield output
         except KvrelayError as error:
+            self.metrics.refused(error)
             trace.close(error.message)
             raise to_vllm_error(error) from error
         except Exception as error:
+            if queue is None:
+                self.metrics.refused(from_vllm_error(error))
             trace.close(str(error))
             raise
         finally:
@@ -167,6 +172,7 @@ class ClusterEngine(EngineControls):
                 self._sink.receivers.pop(request.request_id)
                 raise
         except Exception as error:
+            self.metrics.refused(from_vllm_error(error))
             trace.close(str(error))
             raise
         return partial(self._close_stream, request.request_id, trace)
@@ -178,6 +184,7 @@ class ClusterEngine(EngineControls):
                 raise NoWorkersError(f"no decode worker serves model {self.served_model_name!r} now; try again later")
             self._admit(n)
         except KvrelayError as error:
+            self.metrics.refused(error)
             raise to_vllm_error(error) from error
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

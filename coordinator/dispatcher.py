@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,7 @@ from kvrelay.v1 import worker_pb2
 
 _log = structlog.get_logger(__name__)
 
+_POLICY = "least-loaded"
 _FAILURES: dict[int, type[KvrelayError]] = {
     worker_pb2.RequestFailed.REASON_INVALID: InvalidRequestError,
     worker_pb2.RequestFailed.REASON_UNAVAILABLE: NoWorkersError,
@@ -34,6 +36,9 @@ _FAILURES: dict[int, type[KvrelayError]] = {
 
 class OutputSink(Protocol):
     """Where tokens go. Called in the event loop; must not block."""
+
+    def started(self, flow: RequestFlow, policy: str, schedule_s: float) -> None:
+        """A request is on its way, after the scheduler has thought for so long."""
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Take the tokens of one message; returns the ids of completions that need no more of them."""
@@ -73,8 +78,10 @@ class Dispatcher:
         nothing of it is left.
         """
         shape = RequestShape(model=self._config.model, num_prompt_tokens=len(request.prompt_token_ids))
+        began_s = time.perf_counter()
         with trace.span("schedule"):
             chosen = plan(shape, self._pool.views())
+        schedule_s = time.perf_counter() - began_s
         timeline.mark("schedule.done")
         flow = RequestFlow(request, chosen, timeline, trace, self._config.kv_wait_ms)
         for request_id in _ids(flow):
@@ -87,6 +94,7 @@ class Dispatcher:
                 self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
             raise
+        self._sink.started(flow, _POLICY, schedule_s)
 
     def cancel(self, completion_ids: Sequence[str]) -> None:
         """The client needs no more tokens of these; what is unknown or over is ignored."""
@@ -206,9 +214,9 @@ class Dispatcher:
     def _fail(self, flow: RequestFlow, error: KvrelayError) -> None:
         completion_ids = sorted(flow.open_ids)
         flow.trace.close(error.message)
+        self._sink.fail(completion_ids, error)
         for completion_id in completion_ids:
             self._stop(flow, completion_id)
-        self._sink.fail(completion_ids, error)
 
     def _cancel_prefill(self, flow: RequestFlow) -> None:
         """Of a request that is over: the prefill worker may push still, and the decode worker hold blocks for it."""

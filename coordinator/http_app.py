@@ -16,7 +16,7 @@ from kvrelay.coordinator.http_body import ClientGoneError, read_json
 from kvrelay.coordinator.http_connection import Connection, connection_of
 from kvrelay.coordinator.http_errors import HttpError, error_of, with_parameter
 from kvrelay.coordinator.http_reply import Reply, until_disconnect
-from kvrelay.coordinator.http_routes import Call, Routes
+from kvrelay.coordinator.http_routes import Call, Probes, Routes
 from kvrelay.coordinator.http_serving import ServingOptions, build_serving
 from kvrelay.coordinator.plain_streams.serving import PlainStreams, StreamEngine
 from kvrelay.coordinator.request_limits import RequestLimits
@@ -30,12 +30,12 @@ def build_app(
     engine: EngineClient,
     *,
     served_model_name: str,
-    ready: Callable[[], bool],
+    probes: Probes,
     limits: RequestLimits | None = None,
     options: ServingOptions | None = None,
     streams: StreamEngine | None = None,
 ) -> ASGIApp:
-    """The OpenAI API over `engine`, to be run in the engine's event loop; `ready` tells whether it can serve now.
+    """The OpenAI API over `engine`, to be run in the engine's event loop.
 
     Plain streams go to `streams`, where that is given and the server is `http_server`.
 
@@ -44,7 +44,7 @@ def build_app(
     limits = limits or RequestLimits()
     serving = build_serving(engine, served_model_name, options or ServingOptions())
     plain = PlainStreams(streams, serving, limits) if streams is not None else None
-    return Gateway(Routes(serving, limits, ready), limits, plain)
+    return Gateway(Routes(serving, limits, probes), limits, plain)
 
 
 class Gateway:
@@ -63,6 +63,8 @@ class Gateway:
             "/health": ("GET", routes.health),
             "/ready": ("GET", routes.ready),
             "/version": ("GET", routes.version),
+            "/metrics": ("GET", routes.metrics),
+            "/metrics/targets": ("GET", routes.metrics_targets),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -32,6 +32,11 @@ class Reply:
         await self._begin(status, [*_JSON, (b"content-length", b"%d" % len(body))])
         await self._send({"type": "http.response.body", "body": body})
 
+    async def text(self, body: bytes, content_type: str) -> None:
+        """Send something else than JSON."""
+        await self._begin(200, [(b"content-type", content_type.encode()), (b"content-length", b"%d" % len(body))])
+        await self._send({"type": "http.response.body", "body": body})
+
     async def error(self, error: HttpError) -> None:
         """Send an error object; in the middle of a stream as its last event but [DONE]."""
         body = msgspec.json.encode(error.body())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 import vllm
 from pydantic import BaseModel
@@ -21,8 +22,11 @@ from kvrelay.coordinator.http_parameters import CHAT, COMPLETION, DETOKENIZE, TO
 from kvrelay.coordinator.http_reply import Reply
 from kvrelay.coordinator.http_serving import Serving, request_for_vllm
 from kvrelay.coordinator.json_checks import Check
+from kvrelay.coordinator.metrics.exposition import Exposition
 from kvrelay.coordinator.request_limits import RequestLimits, bounds_now
 from kvrelay.errors import InvalidRequestError, ModelNotFoundError
+from kvrelay.etcd import EtcdError
+from kvrelay.v1 import cluster_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +40,24 @@ class Call:
     reply: Reply
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """What those who watch over the process ask it."""
+
+    ready: Callable[[], bool]
+    """Whether it can serve now."""
+    metrics: Exposition = field(default_factory=Exposition)
+    coordinators: Callable[[], Awaitable[Sequence[cluster_pb2.CoordinatorInfo]]] | None = None
+    """All of the cluster. Raises `EtcdError`. None where there is no cluster."""
+
+
 class Routes:
     """One method per route; each answers its call or raises."""
 
-    def __init__(self, serving: Serving, limits: RequestLimits, ready: Callable[[], bool]) -> None:
+    def __init__(self, serving: Serving, limits: RequestLimits, probes: Probes) -> None:
         self._serving = serving
         self._limits = limits
-        self._ready = ready
+        self._probes = probes
 
     async def chat(self, call: Call) -> None:
         request = ChatCompletionRequest.model_validate(self._checked(call, CHAT))
@@ -83,12 +98,27 @@ class Routes:
         await call.reply.json({"status": "ok"})
 
     async def ready(self, call: Call) -> None:
-        if not self._ready():
+        if not self._probes.ready():
             raise HttpError(
                 status=HTTPStatus.SERVICE_UNAVAILABLE,
                 message="no decode worker serves the model now, or this coordinator stops; try again later",
             )
         await call.reply.json({"status": "ready"})
+
+    async def metrics(self, call: Call) -> None:
+        """Of this process: another replica at the same port has others."""
+        await call.reply.text(*self._probes.metrics.page(call.headers.get("accept", "")))
+
+    async def metrics_targets(self, call: Call) -> None:
+        """Where each coordinator's own metrics are, as Prometheus' HTTP service discovery has it."""
+        listing = self._probes.coordinators
+        try:
+            coordinators = await listing() if listing else []
+        except EtcdError as error:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            raise HttpError(status=status, message=f"the coordinators cannot be listed now: {error}") from error
+        targets = [urlsplit(each.own_http_url or each.http_url).netloc for each in coordinators]
+        await call.reply.json([{"targets": targets}])
 
     async def version(self, call: Call) -> None:
         await call.reply.json({"version": kvrelay.__version__, "vllm": vllm.__version__})

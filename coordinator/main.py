@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import grpc.aio
@@ -22,13 +23,17 @@ from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import build_front_end
 from kvrelay.coordinator.http_app import build_app
+from kvrelay.coordinator.http_routes import Probes
 from kvrelay.coordinator.http_server import HttpServer, http_server, split_address, with_free_port
 from kvrelay.coordinator.inference_service import InferenceService
+from kvrelay.coordinator.metrics.collector import CoordinatorCollector
+from kvrelay.coordinator.metrics.exposition import Exposition
+from kvrelay.coordinator.metrics.sources import Sources
 from kvrelay.coordinator.prompt_rendering import ChatTemplate
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.etcd import EtcdConfig, connect
 from kvrelay.grpc_options import server_options
-from kvrelay.membership import coordinator_key, follow_workers, register
+from kvrelay.membership import coordinator_key, follow_workers, list_coordinators, register
 from kvrelay.signals import StopSignals
 from kvrelay.tracing import Tracing, configure_tracing
 from kvrelay.tracing_grpc import TracingServerInterceptor
@@ -76,19 +81,24 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
     pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
     stopping = _Stopping(config.drain_s)
     with _cluster_engine(config, pool, tracing) as engine:
-        app = build_app(
-            engine,
-            streams=engine,
-            served_model_name=engine.served_model_name,
-            ready=lambda: engine.is_ready and not stopping.has_begun,
-            limits=config.limits,
-            options=config.serving,
-        )
         async with (
             pool.running(engine),
             connect(EtcdConfig(endpoints=config.etcd)) as etcd,
             asyncio.TaskGroup() as tasks,
         ):
+            probes = Probes(
+                ready=lambda: engine.is_ready and not stopping.has_begun,
+                metrics=_exposition(config, engine, pool),
+                coordinators=partial(list_coordinators, etcd, config.cluster),
+            )
+            app = build_app(
+                engine,
+                streams=engine,
+                served_model_name=engine.served_model_name,
+                probes=probes,
+                limits=config.limits,
+                options=config.serving,
+            )
             following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
             try:
                 async with (
@@ -108,6 +118,10 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                         http.begin_drain(stopping.left_s())
             finally:
                 following.cancel()
+
+
+def _exposition(config: CoordinatorConfig, engine: ClusterEngine, pool: WorkerPool) -> Exposition:
+    return Exposition([CoordinatorCollector(config.coordinator_id, engine.metrics, Sources(workers=pool.reports))])
 
 
 class _Stopping:

@@ -10,6 +10,7 @@ import structlog
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.request_flow import RequestFlow
 from kvrelay.coordinator.token_outputs import to_engine_output
 from kvrelay.coordinator.vllm_errors import to_vllm_error
@@ -32,12 +33,22 @@ class TokenReceiver(Protocol):
 class EngineOutputSink:
     """Implements the dispatcher's `OutputSink`; keeps the timelines of the latest requests."""
 
-    def __init__(self, output_processor: OutputProcessor, max_timelines: int) -> None:
+    def __init__(self, output_processor: OutputProcessor, metrics: RequestMetrics, max_timelines: int) -> None:
         self._output_processor = output_processor
+        self._metrics = metrics
         self._max_timelines = max_timelines
         self._timelines: OrderedDict[str, common_pb2.Timeline] = OrderedDict()
         self.receivers: dict[str, TokenReceiver] = {}
         """By completion; the output processor has the others. One that has got its last token is taken out."""
+
+    def started(self, flow: RequestFlow, policy: str, schedule_s: float) -> None:
+        self._metrics.decided(policy, "local" if flow.plan.prefill is None else "split", schedule_s)
+        self._metrics.started(
+            flow.request.request_id,
+            [completion.request_id for completion in flow.request.completions],
+            arrived_s=flow.timeline.began_s,
+            num_prompt_tokens=len(flow.request.prompt_token_ids),
+        )
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
@@ -45,6 +56,12 @@ class EngineOutputSink:
         A delta that contradicts itself fails its own completion; what vLLM's processor raises fails all of the message,
         because nobody knows how far it came.
         """
+        self._metrics.take(deltas)
+        stopped = self._process(deltas)
+        self._metrics.stopped(stopped)
+        return stopped
+
+    def _process(self, deltas: Sequence[worker_pb2.TokenDelta]) -> list[str]:
         stopped: list[str] = []
         outputs: list[EngineCoreOutput] = []
         for delta in deltas:
@@ -68,6 +85,7 @@ class EngineOutputSink:
 
     def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
         """The caller's next read raises the error; tokens it has not read yet are lost."""
+        self._metrics.failed(completion_ids)
         for completion_id in completion_ids:
             if receiver := self.receivers.pop(completion_id, None):
                 receiver.fail(error)
@@ -80,6 +98,7 @@ class EngineOutputSink:
                 state.queue.put(to_vllm_error(error))
 
     def finished(self, flow: RequestFlow) -> None:
+        self._metrics.finished(flow.request.request_id)
         self._timelines[flow.request.external_id] = flow.timeline.to_proto()
         if len(self._timelines) > self._max_timelines:
             self._timelines.popitem(last=False)

@@ -11,9 +11,13 @@ from kvrelay.v1 import common_pb2
 class RequestTimeline:
     """Collects events in the order in which they are told; `to_proto` sorts them by time."""
 
-    __slots__ = ("_clock_ns", "_counters", "_events")
+    __slots__ = ("_clock_ns", "_counters", "_events", "began_s")
 
-    def __init__(self, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self, clock_ns: Callable[[], int] = time.time_ns, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.began_s = clock_s()
+        """By a clock that never goes back; the events are by one that other machines have, too."""
         self._clock_ns = clock_ns
         self._events: list[tuple[int, str]] = []
         self._counters: dict[str, int] = {}

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import structlog
 
+from kvrelay.coordinator.metrics.sources import WorkerReport
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.errors import WorkerLostError
@@ -137,6 +138,10 @@ class WorkerPool:
     def views(self) -> Collection[WorkerView]:
         """The connected workers that take requests. The views are live: read them at once."""
         return [member.view for member in self._present()]
+
+    def reports(self) -> list[WorkerReport]:
+        """The same, with the gauges that each worker sent last."""
+        return [WorkerReport(view=member.view, status=member.status) for member in self._present()]
 
     def workers(self) -> list[cluster_pb2.WorkerInfo]:
         """The records of those workers."""

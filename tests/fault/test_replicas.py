@@ -52,6 +52,8 @@ def test_every_replica_listens_at_the_shared_ports_and_answers_at_its_own(cluste
             assert [model.name for model in client.models()] == [MODEL]
         ports = {int(address.rpartition(":")[2]) for address in (record.http_url, record.own_http_url)}
         assert ports <= _listening_at(cluster.process_of(record.coordinator_id))
+        metrics = httpx.get(f"{record.own_http_url}/metrics", timeout=20).text
+        assert f'kvrelay_in_flight_requests{{coordinator="{record.coordinator_id}"}} 0.0' in metrics
 
 
 def test_any_of_them_answers_at_the_shared_ports(cluster: LiveCluster) -> None:

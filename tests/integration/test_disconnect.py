@@ -15,6 +15,7 @@ import pytest
 
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.http_app import build_app
+from kvrelay.coordinator.http_routes import Probes
 from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.v1 import common_pb2
 from tests.support.fake_cluster import fake_cluster, until
@@ -119,7 +120,9 @@ async def test_closing_ends_every_completion_of_every_prompt(front_end: FrontEnd
 async def test_a_client_that_stops_reading_and_then_leaves_ends_the_request(front_end: FrontEnd) -> None:
     """The stream is stuck in a send, as it is when the socket's buffers are full, while the connection breaks."""
     async with fake_cluster(front_end, with_prefill=False) as cluster, asyncio.TaskGroup() as tasks:
-        app = build_app(cluster.engine, served_model_name=front_end.served_model_name, ready=lambda: True)
+        app = build_app(
+            cluster.engine, served_model_name=front_end.served_model_name, probes=Probes(ready=lambda: True)
+        )
         stuck, gone = asyncio.Event(), asyncio.Event()
         body = json.dumps({"prompt": LONG_PROMPT, "stream": True}).encode()
         messages = iter([{"type": "http.request", "body": body}])

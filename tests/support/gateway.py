@@ -13,8 +13,12 @@ import openai
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.http_app import build_app
+from kvrelay.coordinator.http_routes import Probes
 from kvrelay.coordinator.http_server import http_server
 from kvrelay.coordinator.http_serving import ServingOptions
+from kvrelay.coordinator.metrics.collector import CoordinatorCollector
+from kvrelay.coordinator.metrics.exposition import Exposition
+from kvrelay.coordinator.metrics.sources import Sources
 from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2
@@ -41,6 +45,10 @@ class GatewayUnderTest:
         return (await self.cluster.decode.wait_for("decode", count))[-1].sampling
 
 
+def exposition(cluster: FakeCluster) -> Exposition:
+    return Exposition([CoordinatorCollector("c1", cluster.engine.metrics, Sources(workers=cluster.pool.reports))])
+
+
 @contextlib.asynccontextmanager
 async def gateway(
     front_end: FrontEnd,
@@ -59,7 +67,7 @@ async def gateway(
             cluster.engine,
             streams=cluster.engine,
             served_model_name=front_end.served_model_name,
-            ready=ready or (lambda: cluster.engine.is_ready),
+            probes=Probes(ready=ready or (lambda: cluster.engine.is_ready), metrics=exposition(cluster)),
             limits=limits,
             options=options,
         )

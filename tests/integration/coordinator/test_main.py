@@ -98,6 +98,7 @@ async def test_serves_workers_as_they_come_and_go(model_folder: Path) -> None:
             )
             tokens = [token async for response in stub.Generate(request) for token in response.token_ids]
             assert tokens == [1000, 1001]
+            assert 'kvrelay_requests_total{coordinator="c1",outcome="ok"} 2.0' in (await http.get("/metrics")).text
         await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         assert (await http.get("/ready")).status_code == 503
 
@@ -109,9 +110,24 @@ async def test_is_listed_in_etcd_as_long_as_it_runs(model_folder: Path) -> None:
                 while not (listed := await list_coordinators(client, "default")):
                     pass
             assert listed == [info]
+            async with httpx.AsyncClient(base_url=info.http_url) as http:
+                targets = (await http.get("/metrics/targets")).json()
+            assert targets == [{"targets": [info.own_http_url.removeprefix("http://")]}]
             assert info.http_url.startswith("http://localhost:")
             assert info.model == MODEL
         assert not (await client.list_prefix(coordinators_prefix("default"))).entries
+
+
+async def test_where_metrics_are_cannot_be_told_while_etcd_is_away(model_folder: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        etcd_stack = contextlib.AsyncExitStack()
+        endpoint, _ = await etcd_stack.enter_async_context(etcd_client())
+        info = await stack.enter_async_context(running(config_of(endpoint, model_folder), Tracing()))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=info.http_url, timeout=30))
+        await etcd_stack.aclose()
+        answer = await http.get("/metrics/targets")
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+        assert (await http.get("/metrics")).status_code == 200
 
 
 async def test_http_and_grpc_drain_at_the_same_time(model_folder: Path) -> None:
