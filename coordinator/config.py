@@ -36,5 +36,7 @@ class CoordinatorConfig:
     otlp_endpoint: str | None = None
     log_format: str = "console"
     log_level: str = "info"
+    etcd_history_s: float | None = 600.0
+    """How much of etcd's history is kept by the coordinator that leads; None leaves that to etcd."""
     drain_s: float = 5.0
     """How long leaving and requests may go on after SIGTERM, all together."""

@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvrelay import __version__, logs
+from kvrelay.coordinator.chores import Chores
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import build_front_end
@@ -79,6 +80,7 @@ async def serve(config: CoordinatorConfig) -> None:
 async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[cluster_pb2.CoordinatorInfo]:
     """A registered coordinator; yields its record once its ports are open."""
     pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
+    chores = Chores(config.cluster, config.coordinator_id, etcd_history_s=config.etcd_history_s)
     stopping = _Stopping(config.drain_s)
     with _cluster_engine(config, pool, tracing) as engine:
         async with (
@@ -88,7 +90,7 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
         ):
             probes = Probes(
                 ready=lambda: engine.is_ready and not stopping.has_begun,
-                metrics=_exposition(config, engine, pool),
+                metrics=_exposition(config, engine, pool, chores),
                 coordinators=partial(list_coordinators, etcd, config.cluster),
             )
             app = build_app(
@@ -100,6 +102,7 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                 options=config.serving,
             )
             following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
+            standing = tasks.create_task(chores.run(etcd), name="chores of the cluster")
             try:
                 async with (
                     http_server(
@@ -114,14 +117,17 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                                 yield info
                             finally:
                                 stopping.begin()
+                                standing.cancel()
                     finally:
                         http.begin_drain(stopping.left_s())
             finally:
                 following.cancel()
+                standing.cancel()
 
 
-def _exposition(config: CoordinatorConfig, engine: ClusterEngine, pool: WorkerPool) -> Exposition:
-    return Exposition([CoordinatorCollector(config.coordinator_id, engine.metrics, Sources(workers=pool.reports))])
+def _exposition(config: CoordinatorConfig, engine: ClusterEngine, pool: WorkerPool, chores: Chores) -> Exposition:
+    sources = Sources(workers=pool.reports, is_leader=lambda: chores.is_leading)
+    return Exposition([CoordinatorCollector(config.coordinator_id, engine.metrics, sources)])
 
 
 class _Stopping:

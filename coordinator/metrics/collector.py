@@ -50,6 +50,8 @@ class CoordinatorCollector(Collector):
         yield from self._of_workers(self._sources.workers())
         if index := self._sources.index():
             yield from self._of_index(index)
+        is_leader = self._sources.is_leader()
+        yield self._gauge("is_leader", "Whether this coordinator does the cluster's chores", is_leader)
 
     def _of_latencies(self) -> Iterator[Metric]:
         requests = self._requests

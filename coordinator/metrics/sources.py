@@ -38,6 +38,8 @@ class Sources:
     """Each is called once per scrape, in the event loop."""
 
     workers: Callable[[], Sequence[WorkerReport]]
+    is_leader: Callable[[], bool] = lambda: False
+    """Whether it does the cluster's chores."""
     queue_depth: Callable[[], int] = lambda: 0
     """Requests that are admitted and wait for their turn."""
     index: Callable[[], IndexReport | None] = lambda: None

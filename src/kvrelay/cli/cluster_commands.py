@@ -40,6 +40,16 @@ class CoordinatorOptions:
     ] = None
     replicas: opt.ReplicasOption = 1
     is_replica: Annotated[bool, typer.Option(_REPLICA_FLAG, hidden=True)] = False
+    etcd_history_s: Annotated[
+        float,
+        typer.Option(
+            "--etcd-history",
+            min=0.0,
+            metavar="SECONDS",
+            rich_help_panel=opt.CLUSTER,
+            help="One coordinator of the cluster has etcd forget what is older. 0: nobody does.",
+        ),
+    ] = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +130,7 @@ def coordinator(
             grpc_listen=str(api.grpc),
             shares_ports=member.is_replica,
             advertise_host=advertise_host,
+            etcd_history_s=member.etcd_history_s or None,
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
             otlp_endpoint=observe.otlp,

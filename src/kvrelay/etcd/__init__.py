@@ -1,6 +1,6 @@
 """A small asyncio client of etcd v3, and a throw-away server."""
 
-from kvrelay.etcd.client import EtcdClient, Lease, Listing, connect, prefix_end
+from kvrelay.etcd.client import Creation, EtcdClient, Lease, Listing, connect, prefix_end
 from kvrelay.etcd.errors import (
     EtcdAuthenticationError,
     EtcdError,
@@ -12,6 +12,7 @@ from kvrelay.etcd.errors import (
 from kvrelay.etcd.transport import EtcdConfig, EtcdTls
 
 __all__ = [
+    "Creation",
     "EtcdAuthenticationError",
     "EtcdClient",
     "EtcdConfig",

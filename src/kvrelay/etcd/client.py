@@ -27,6 +27,16 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Creation:
+    """What came of `EtcdClient.create`, at one revision."""
+
+    found: rpc_pb2.KeyValue | None
+    """The key as it was already; None when it was created."""
+    revision: int
+    cluster_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A granted lease."""
 
@@ -81,6 +91,18 @@ class EtcdClient:
         """Write a key and return the revision. Raises `LeaseNotFoundError`."""
         request = rpc_pb2.PutRequest(key=key, value=value, lease=lease_id)
         return (await self._transport.unary("/etcdserverpb.KV/Put", request, rpc_pb2.PutResponse)).header.revision
+
+    async def create(self, key: bytes, value: bytes, *, lease_id: int) -> Creation:
+        """Write a key unless it exists. Sent once, so after `EtcdUnavailableError` it may have been written.
+
+        Raises `LeaseNotFoundError`.
+        """
+        absent = rpc_pb2.Compare(key=key, target=rpc_pb2.Compare.CREATE, create_revision=0)
+        put = rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=value, lease=lease_id))
+        get = rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key))
+        response = await self.txn(rpc_pb2.TxnRequest(compare=[absent], success=[put], failure=[get]))
+        found = None if response.succeeded else response.responses[0].response_range.kvs[0]
+        return Creation(found, response.header.revision, response.header.cluster_id)
 
     async def delete(self, key: bytes) -> bool:
         """Delete a key; true when it was there."""

@@ -35,6 +35,11 @@ def coordinator_key(cluster: str, coordinator_id: str) -> bytes:
     return coordinators_prefix(cluster) + _checked("coordinator id", coordinator_id).encode()
 
 
+def chores_key(cluster: str) -> bytes:
+    """Who does what only one coordinator of the cluster must do. Raises `ValueError` like `workers_prefix`."""
+    return _prefix(cluster, "leaders") + b"chores"
+
+
 async def list_workers(client: EtcdClient, cluster: str) -> list[cluster_pb2.WorkerInfo]:
     """All workers at this moment, by id. Raises `EtcdError`."""
     listing = await client.list_prefix(workers_prefix(cluster))

@@ -23,7 +23,7 @@ from kvrelay.coordinator.main import running
 from kvrelay.etcd import EtcdClient, EtcdConfig, connect
 from kvrelay.etcd.server import run_etcd
 from kvrelay.grpc_options import open_channel
-from kvrelay.membership import coordinators_prefix, list_coordinators, register, worker_key
+from kvrelay.membership import chores_key, coordinators_prefix, list_coordinators, register, worker_key
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, common_pb2, inference_pb2, inference_pb2_grpc
 from tests.support.fake_worker import MODEL, FakeWorker, ScriptedModel
@@ -112,10 +112,13 @@ async def test_is_listed_in_etcd_as_long_as_it_runs(model_folder: Path) -> None:
             assert listed == [info]
             async with httpx.AsyncClient(base_url=info.http_url) as http:
                 targets = (await http.get("/metrics/targets")).json()
+                while 'kvrelay_is_leader{coordinator="c1"} 1.0' not in (await http.get("/metrics")).text:
+                    pass
             assert targets == [{"targets": [info.own_http_url.removeprefix("http://")]}]
             assert info.http_url.startswith("http://localhost:")
             assert info.model == MODEL
         assert not (await client.list_prefix(coordinators_prefix("default"))).entries
+        assert await client.get(chores_key("default")) is None
 
 
 async def test_where_metrics_are_cannot_be_told_while_etcd_is_away(model_folder: Path) -> None:
