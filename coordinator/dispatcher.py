@@ -160,15 +160,17 @@ class Dispatcher:
             self._send_decodes(flow)
 
     def _advance(self, flow: RequestFlow, worker_id: str, delta: worker_pb2.TokenDelta) -> worker_pb2.TokenDelta | None:
-        if self._is_prefilling_on(flow, worker_id):
-            self._pool.end_prefill(worker_id, flow.request.request_id)
-            return flow.on_prefill_delta(delta)
-        if flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id:
+        if flow.phase is Phase.DECODE:
+            if flow.plan.decode.worker_id != worker_id:
+                return None
             waited_for_blocks = flow.prefill_may_run
             output = flow.on_decode_delta(delta)
             if waited_for_blocks and not flow.prefill_may_run:
                 self._release_prefill(flow)
             return output
+        if self._is_prefilling_on(flow, worker_id):
+            self._pool.end_prefill(worker_id, flow.request.request_id)
+            return flow.on_prefill_delta(delta)
         return None
 
     def _release_prefill(self, flow: RequestFlow) -> None:

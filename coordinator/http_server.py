@@ -65,6 +65,7 @@ async def http_server(app: Any, listen: str, *, drain_s: float, shares_port: boo
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             backlog=BACKLOG,
         )

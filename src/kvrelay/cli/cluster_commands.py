@@ -106,6 +106,9 @@ def coordinator(
 
     Example: kvrelay coordinator --etcd 10.0.0.1:2379 --http 0.0.0.0:8000 --grpc 0.0.0.0:50051 --replicas 4
     """
+    # A coordinator takes small messages at a high rate: without gRPC's event engine each costs a quarter less CPU time.
+    # gRPC reads this when it is imported.
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener,-event_engine_callback_cq")
     check_otlp(observe.otlp)
     if not member.is_replica:  # whose ports are held for it
         check_can_listen("--http", api.http)

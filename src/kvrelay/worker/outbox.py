@@ -31,7 +31,8 @@ class Outbox:
     def __init__(self, *, max_waiting_bytes: int = MAX_WAITING_BYTES, max_step_bytes: int = MAX_STEP_BYTES) -> None:
         self._max_waiting_bytes = max_waiting_bytes
         self._max_step_bytes = max_step_bytes
-        self._deltas: list[worker_pb2.TokenDelta] = []
+        self._deltas: list[tuple[worker_pb2.TokenDelta, int]] = []
+        """Each with its size."""
         self._others: list[worker_pb2.WorkerMessage] = []
         self._filled = asyncio.Event()
         self._full = asyncio.Event()
@@ -39,8 +40,9 @@ class Outbox:
         """Waiting, what is being written included."""
 
     def add_delta(self, delta: worker_pb2.TokenDelta) -> None:
-        if self._has_room_for(delta.ByteSize()):
-            self._deltas.append(delta)
+        num_bytes = delta.ByteSize()
+        if self._has_room_for(num_bytes):
+            self._deltas.append((delta, num_bytes))
 
     def post(self, message: worker_pb2.WorkerMessage) -> None:
         if self._has_room_for(message.ByteSize()):
@@ -69,22 +71,24 @@ class Outbox:
             self._filled.clear()
             deltas, self._deltas = self._deltas, []
             others, self._others = self._others, []
-            for part in self._parts(deltas):
+            for part, num_bytes in self._parts(deltas):
                 await write(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(deltas=part)))
-                self.num_bytes -= sum(delta.ByteSize() for delta in part)
+                self.num_bytes -= num_bytes
             for message in others:
                 await write(message)
                 self.num_bytes -= message.ByteSize()
 
-    def _parts(self, deltas: list[worker_pb2.TokenDelta]) -> Iterator[list[worker_pb2.TokenDelta]]:
-        """The deltas in order, each part under the limit or of one delta."""
+    def _parts(
+        self, deltas: list[tuple[worker_pb2.TokenDelta, int]]
+    ) -> Iterator[tuple[list[worker_pb2.TokenDelta], int]]:
+        """The deltas in order, with their size: each part under the limit or of one delta."""
         part: list[worker_pb2.TokenDelta] = []
         num_bytes = 0
-        for delta in deltas:
-            if part and num_bytes + delta.ByteSize() > self._max_step_bytes:
-                yield part
+        for delta, delta_bytes in deltas:
+            if part and num_bytes + delta_bytes > self._max_step_bytes:
+                yield part, num_bytes
                 part, num_bytes = [], 0
             part.append(delta)
-            num_bytes += delta.ByteSize()
+            num_bytes += delta_bytes
         if part:
-            yield part
+            yield part, num_bytes
