@@ -36,7 +36,7 @@ class Candidate:
     num_stored_tokens: int = 0
     """The same at the decode worker."""
     cost: float = 0.0
-    """What the policy compares; seconds where it is "cost"."""
+    """Seconds, as the policy "cost" counts."""
     excluded: str = ""
     """Why it was not to be had; empty when it was."""
 
@@ -51,8 +51,33 @@ class Decision:
 
     plan: Plan
     policy: str
-    reason: str
-    """One sentence."""
+    basis: str
+    """What the policy looks for: the beginning of `reason`."""
+    num_prompt_tokens: int
     chosen: Candidate
     others: Sequence[Candidate] = ()
-    """Those that were looked at, by their cost; the best few."""
+    """Those that were looked at, by their cost; the best few. May be made only when it is read."""
+
+    @property
+    def reason(self) -> str:
+        """One sentence."""
+        chosen, total = self.chosen, self.num_prompt_tokens
+        computing = chosen.prefill_worker_id or chosen.decode_worker_id
+        source = f", fetched from {self.plan.source.worker_id}" if self.plan.source else ""
+        sentence = (
+            f"{self.basis}: {computing} computes {total - chosen.num_cached_tokens} of {total} tokens{source} in "
+            f"{chosen.prefill_s:.3f} s after a wait of {chosen.wait_s:.3f} s"
+        )
+        if chosen.prefill_worker_id:
+            sentence += (
+                f", {chosen.decode_worker_id} has {chosen.num_stored_tokens} of them and waits "
+                f"{chosen.transfer_s:.3f} s for the rest"
+            )
+        sentence += f", then a token every {chosen.itl_s:.3f} s"
+        if self.others:
+            best = self.others[0]
+            where = best.prefill_worker_id or "no prefill worker"
+            sentence += (
+                f"; next best is {where} with {best.decode_worker_id}, cost {best.cost:.3f} to {chosen.cost:.3f}"
+            )
+        return sentence

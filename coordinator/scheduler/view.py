@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from kvrelay.step_times.model import StepTimes
 from kvrelay.v1 import cluster_pb2
 
+_PREFILLING = frozenset((cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_BOTH))
+_DECODING = frozenset((cluster_pb2.ROLE_DECODE, cluster_pb2.ROLE_BOTH))
+
 
 @dataclass(slots=True, kw_only=True)
 class WorkerView:
@@ -45,11 +48,11 @@ class WorkerView:
     @property
     def prefills(self) -> bool:
         """Whether its role is to prefill for others."""
-        return self.role in (cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_BOTH)
+        return self.role in _PREFILLING
 
     @property
     def decodes(self) -> bool:
-        return self.role in (cluster_pb2.ROLE_DECODE, cluster_pb2.ROLE_BOTH)
+        return self.role in _DECODING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
