@@ -15,7 +15,7 @@ import kvrelay
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src/kvrelay"
-COMPONENTS = ("coordinator", "prefill_worker", "decode_worker", "kv_transfer", "client")
+COMPONENTS = ("coordinator", "prefill_worker", "decode_worker", "kv_transfer", "client", "simulator")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""What does a simulated coordinator do with a request? Match, plan, dispatch, account, with the code that is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from kvrelay.coordinator.prefix_index.index import PrefixIndex
+from kvrelay.coordinator.prefix_index.keys import prefix_keys
+from kvrelay.coordinator.scheduler.base import Scheduler
+from kvrelay.coordinator.scheduler.decision import Plan
+from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
+from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+from kvrelay.simulator.block_names import BlockNamer
+from kvrelay.simulator.events import EventLoop
+from kvrelay.simulator.host_store import StoreChange
+from kvrelay.simulator.job import Job
+from kvrelay.simulator.load_account import LoadAccount
+from kvrelay.simulator.worker import LoadReport, SimulatedWorker
+from kvrelay.workload.outcome import Outcome, Status
+from kvrelay.workload.targets import Targets
+from kvrelay.workload.trace import TraceRequest
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanCounts:
+    """What became of requests."""
+
+    num_split: int = 0
+    """Prefilled by one worker, decoded by another."""
+    num_local: int = 0
+    """Prefilled where they were decoded."""
+    num_fetched: int = 0
+    """Of both, those with blocks fetched from a third."""
+
+
+class SimulatedCoordinator:
+    """Has its own scheduler, index and accounts, as a process has. What it knows of workers is as late as it is."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        scheduler: Scheduler,
+        workers: Sequence[SimulatedWorker],
+        views: Sequence[WorkerView],
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self._loop = loop
+        self._scheduler = scheduler
+        self._workers = {worker.worker_id: worker for worker in workers}
+        hardware = workers[0].hardware
+        self._message_s = hardware.message_s
+        self._block_tokens = hardware.block_tokens
+        self._views = views
+        self.accounts = {view.worker_id: LoadAccount(view, hardware.message_s) for view in views}
+        self._index = PrefixIndex()
+        self._on_outcome = on_outcome
+        self.counts = PlanCounts()
+
+    def submit(self, request: TraceRequest, namer: BlockNamer, targets: Targets) -> None:
+        """Serve a request, or refuse it; in any case its outcome follows, once."""
+        now_s = self._loop.now_s
+        names = namer.prompt(request)
+        keys = prefix_keys(names[: request.num_prompt_tokens // self._block_tokens])
+        self._index.expire(now_s)
+        shape = RequestShape(
+            model="",
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.num_output_tokens,
+            num_stored_blocks=self._index.match(keys) if len(keys) else {},
+            ttft_s=targets.ttft_s,
+            itl_s=targets.itl_s,
+        )
+        try:
+            _check_length(request, self._views)
+            plan = self._scheduler.plan(shape, self._views).plan
+        except KvrelayError as error:
+            self._on_outcome(_refusal(request, error))
+            return
+        for worker in (plan.decode, plan.prefill):
+            if worker is not None:
+                self._index.speculate(worker.worker_id, keys, now_s)
+        self._dispatch(
+            Job(
+                request=request,
+                names=names,
+                answer_names=namer.answer(request),
+                prefill=self._workers[plan.prefill.worker_id] if plan.prefill else None,
+                decode=self._workers[plan.decode.worker_id],
+                source=self._workers[plan.source.worker_id] if plan.source else None,
+            ),
+            self._num_uncached_tokens(shape, plan),
+        )
+
+    def take_report(self, worker_id: str, report: LoadReport) -> None:
+        """What a worker tells of its load."""
+        self.accounts[worker_id].take(report)
+
+    def take_change(self, worker_id: str, change: StoreChange) -> None:
+        """What a worker tells of its blocks."""
+        self._index.remove(worker_id, prefix_keys(change.removed))
+        self._index.add(worker_id, prefix_keys(change.added))
+
+    def _num_uncached_tokens(self, shape: RequestShape, plan: Plan) -> int:
+        """Of the prompt, where it is computed, as far as the index knows."""
+        having = [worker for worker in (plan.prefill or plan.decode, plan.source) if worker]
+        num_blocks = max(shape.num_stored_blocks.get(worker.worker_id, 0) for worker in having)
+        return max(1, shape.num_prompt_tokens - num_blocks * self._block_tokens)
+
+    def _dispatch(self, job: Job, num_uncached_tokens: int) -> None:
+        index, now_s = job.request.index, self._loop.now_s
+        self.counts.num_fetched += job.source is not None
+        self.accounts[job.decode.worker_id].add_sequence(index, job.request.num_prompt_tokens)
+        self.accounts[job.computing.worker_id].add_prompt(index, num_uncached_tokens, now_s)
+        if job.prefill is None:
+            self.counts.num_local += 1
+            self._send_decode(job)
+        else:
+            self.counts.num_split += 1
+            self._loop.after(self._message_s, job.prefill.prefill, job, partial(self._on_prefilled, job))
+
+    def _send_decode(self, job: Job) -> None:
+        self.accounts[job.decode.worker_id].send_sequence(job.request.index, self._loop.now_s)
+        on_first, on_finished = partial(self._on_first_token, job), partial(self._on_finished, job)
+        self._loop.after(self._message_s, job.decode.decode, job, on_first, on_finished)
+
+    def _on_first_token(self, job: Job) -> None:
+        self.accounts[job.computing.worker_id].end_prompt(job.request.index)
+
+    def _on_prefilled(self, job: Job) -> None:
+        self._on_first_token(job)
+        if job.request.num_output_tokens > 1:
+            self._send_decode(job)
+        else:
+            job.when_settled(partial(job.decode.let_go, job))
+            self._on_finished(job)
+
+    def _on_finished(self, job: Job) -> None:
+        self.accounts[job.decode.worker_id].end_sequence(job.request.index)
+        self._on_outcome(job.outcome(self._message_s))
+
+
+def _check_length(request: TraceRequest, views: Sequence[WorkerView]) -> None:
+    """What the prompt and its answer need together; workers would cut the answer, which compares with nothing."""
+    longest = max(view.max_model_len_tokens for view in views)
+    num_tokens = request.num_prompt_tokens + request.num_output_tokens
+    if num_tokens > longest:
+        raise InvalidRequestError(f"prompt and answer are longer than the {longest} tokens that engines have room for")
+
+
+def _refusal(request: TraceRequest, error: KvrelayError) -> Outcome:
+    rejected = isinstance(error, OverloadedError)
+    return Outcome(
+        index=request.index,
+        arrived_s=request.arrived_s,
+        status=Status.REJECTED if rejected else Status.FAILED,
+        num_prompt_tokens=request.num_prompt_tokens,
+        error="" if rejected else error.message,
+    )
