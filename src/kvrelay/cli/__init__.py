@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvrelay import __version__
-from kvrelay.cli import clients, cluster_commands, compare_command, replay_command
+from kvrelay.cli import clients, cluster_commands, compare_command, replay_command, simulate_command
 from kvrelay.cli.engine_command import EngineCommand
 from kvrelay.cli.failure import EXIT_CODES
 from kvrelay.cli.role_commands import role_app
@@ -32,6 +32,7 @@ def version() -> None:
 
 
 ON_THIS_MACHINE, PROCESSES, USE = "A cluster on this machine", "One process of a cluster", "Use a running cluster"
+PLAN = "Plan a cluster"
 app.command(cls=EngineCommand, rich_help_panel=ON_THIS_MACHINE)(cluster_commands.up)
 app.command(rich_help_panel=PROCESSES)(cluster_commands.coordinator)
 app.command("prefill-worker", cls=EngineCommand, help=PREFILL_HELP, rich_help_panel=PROCESSES)(
@@ -44,6 +45,7 @@ app.command(rich_help_panel=USE)(clients.workers)
 app.add_typer(role_app, rich_help_panel=USE)
 app.command(rich_help_panel=USE)(replay_command.replay)
 app.command(rich_help_panel=USE)(compare_command.compare)
+app.command(rich_help_panel=PLAN)(simulate_command.simulate)
 app.command(rich_help_panel=USE)(version)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +30,6 @@ from kvrelay.workload.request_form import Api, PromptKind, TooLong
 
 if TYPE_CHECKING:
     from kvrelay.client.http_pool import Origin
-    from kvrelay.workload.trace import TraceOptions, TraceRequest
 
 API_KEY = "KVRELAY_API_KEY"
 
@@ -142,12 +140,13 @@ def replay(
     Example: kvrelay replay azure_conv_2023.csv --limit 500 --url http://10.0.0.5:8000 --targets ttft=1,itl=0.2
     """
     from kvrelay.cli.load_results import check_writable, show, write
+    from kvrelay.cli.load_trace import read_requests
     from kvrelay.cli.replay_run import Finished, run
     from kvrelay.client.replay.planning import Fit
     from kvrelay.client.replay.session import ReplayConfig
     from kvrelay.workload.trace import TraceOptions
 
-    requests = _read(trace, TraceOptions(limit=limit, speed=speed, length_scale=length_scale))
+    requests = read_requests(trace, TraceOptions(limit=limit, speed=speed, length_scale=length_scale))
     check_writable(json_path, plots_dir)
     config = ReplayConfig(
         origin=_origin(url),
@@ -169,17 +168,6 @@ def replay(
         raise typer.Exit(INTERRUPTED)
     if not record.summary.num_completed:
         fail("no request was completed", FAILED)
-
-
-def _read(path: Path, options: TraceOptions) -> list[TraceRequest]:
-    from kvrelay.workload.trace import TraceError, read_trace
-
-    try:
-        return read_trace(path, options)
-    except TraceError as error:
-        fail(str(error), WRONG_USAGE)
-    except OSError as error:
-        fail(f"the trace {path} cannot be read: {error.strerror}", WRONG_USAGE)
 
 
 def _origin(url: str | None) -> Origin:

@@ -11,7 +11,7 @@ from kvrelay.cli import app
 
 COMMANDS = [
     *("up", "coordinator", "prefill-worker", "decode-worker"),
-    *("chat", "generate", "workers", "replay", "compare", "version"),
+    *("chat", "generate", "workers", "replay", "compare", "simulate", "version"),
 ]
 HEAVY = {"grpc", "matplotlib", "numpy", "vllm", "torch", "opentelemetry", "fastapi", "google"}
 

@@ -1,0 +1,161 @@
+"""`kvrelay simulate`: how would a cluster that is not there serve a recorded load?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvrelay.cli.failure import FAILED, fail
+from kvrelay.cli.load_options import (
+    DEFAULT_TARGETS,
+    LOAD,
+    JsonOption,
+    LengthScaleOption,
+    LimitOption,
+    NameOption,
+    PlotsOption,
+    SpeedOption,
+    TargetsOption,
+    TraceArgument,
+)
+
+CLUSTER, WORKER = "The cluster", "Each worker"
+
+
+class Policy(StrEnum):
+    """How coordinators choose workers."""
+
+    COST = "cost"
+    LEAST_LOADED = "least-loaded"
+    ROUND_ROBIN = "round-robin"
+    WEIGHTED = "weighted"
+    RANDOM = "random"
+    PREFIX_ONLY = "prefix-only"
+
+
+class HardwareName(StrEnum):
+    """What is measured."""
+
+    H100 = "h100"
+    A100 = "a100"
+
+
+class LocalPrefill(StrEnum):
+    """As in `CostConfig`."""
+
+    WHEN_CHEAPER = "when-cheaper"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
+PrefillOption = Annotated[int, typer.Option("--prefill", min=0, rich_help_panel=CLUSTER, help="Prefill workers.")]
+DecodeOption = Annotated[int, typer.Option("--decode", min=0, rich_help_panel=CLUSTER, help="Decode workers.")]
+BothOption = Annotated[int, typer.Option("--both", min=0, rich_help_panel=CLUSTER, help="Workers with both roles.")]
+PolicyOption = Annotated[Policy, typer.Option("--policy", rich_help_panel=CLUSTER, help="How workers are chosen.")]
+LocalPrefillOption = Annotated[
+    LocalPrefill,
+    typer.Option("--local-prefill", rich_help_panel=CLUSTER, help="Of --policy cost: whether decode workers prefill."),
+]
+CoordinatorsOption = Annotated[
+    int,
+    typer.Option("--coordinators", min=1, rich_help_panel=CLUSTER, help="Requests go to them in turn."),
+]
+EnforceOption = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-targets", rich_help_panel=LOAD, help="Reject requests whose targets ttft and itl no plan meets."
+    ),
+]
+SimulationSeedOption = Annotated[
+    int, typer.Option("--seed", min=0, rich_help_panel=LOAD, help="The same seed gives the same result.")
+]
+HardwareOption = Annotated[
+    HardwareName,
+    typer.Option("--hardware", rich_help_panel=WORKER, help="Eight of these GPUs, as measured with Llama 2 70B."),
+]
+TimesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--times",
+        metavar="FILE",
+        rich_help_panel=WORKER,
+        help="Other times of steps: a CSV of measurements as splitwise-sim has them, or JSON with the fitted step times"
+        " of a worker.",
+    ),
+]
+BatchedTokensOption = Annotated[
+    int, typer.Option("--max-batched-tokens", min=1, rich_help_panel=WORKER, help="Tokens of a step of the engine.")
+]
+StoreOption = Annotated[
+    float, typer.Option("--store-gib", min=0.001, rich_help_panel=WORKER, help="Host memory for KV blocks, GiB.")
+]
+LinkOption = Annotated[
+    float, typer.Option("--link-gb-per-s", min=0.001, rich_help_panel=WORKER, help="Network of each worker, GB/s.")
+]
+
+
+def simulate(
+    trace: TraceArgument,
+    prefill: PrefillOption = 8,
+    decode: DecodeOption = 16,
+    both: BothOption = 0,
+    policy: PolicyOption = Policy.COST,
+    local_prefill: LocalPrefillOption = LocalPrefill.WHEN_CHEAPER,
+    coordinators: CoordinatorsOption = 1,
+    hardware: HardwareOption = HardwareName.H100,
+    times: TimesOption = None,
+    max_batched_tokens: BatchedTokensOption = 2048,
+    store_gib: StoreOption = 1024.0,
+    link_gb_per_s: LinkOption = 25.0,
+    speed: SpeedOption = 1.0,
+    limit: LimitOption = None,
+    length_scale: LengthScaleOption = 1.0,
+    enforce_targets: EnforceOption = False,
+    seed: SimulationSeedOption = 0,
+    targets: TargetsOption = DEFAULT_TARGETS,
+    json_path: JsonOption = None,
+    plots_dir: PlotsOption = None,
+    name: NameOption = None,
+) -> None:
+    """Tell how a cluster of any size would serve a recorded load, within seconds and without the cluster.
+
+    Scheduler and prefix index are those of the coordinator; engines, stores and networks are models under virtual time.
+    The same options have the same result.
+
+    Example: kvrelay simulate mooncake_conversation.jsonl --prefill 4 --decode 8 --policy cost --speed 2
+
+    Example: kvrelay simulate azure_conv_2023.csv --prefill 0 --decode 0 --both 12 --hardware a100 --json load.json
+    """
+    from kvrelay.cli.load_results import check_writable, show, write
+    from kvrelay.cli.load_trace import read_requests
+    from kvrelay.cli.simulate_run import Arms, run
+    from kvrelay.workload.trace import TraceOptions
+
+    load = TraceOptions(limit=limit, speed=speed, length_scale=length_scale)
+    requests = read_requests(trace, load)
+    check_writable(json_path, plots_dir)
+    arms = Arms(
+        policy=policy.value,
+        local_prefill=local_prefill.value,
+        num_coordinators=coordinators,
+        hardware=hardware.value,
+        times=times,
+        num_prefill=prefill,
+        num_decode=decode,
+        num_both=both,
+        max_batched_tokens=max_batched_tokens,
+        store_gib=store_gib,
+        link_gb_per_s=link_gb_per_s,
+        enforce_targets=enforce_targets,
+        seed=seed,
+    )
+    finished = run(requests, arms, targets)
+    record, notes = finished.report(name or f"{trace.stem} x{speed:g} {policy}", {"trace": trace.name, **asdict(load)})
+    show(record, notes)
+    write(record, finished.simulated.outcomes, json_path, plots_dir)
+    if not record.summary.num_completed:
+        fail("no request was completed", FAILED)

@@ -1,0 +1,117 @@
+"""How does a simulation run on a terminal: from options to a cluster, progress, what it tells?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvrelay.cli.failure import WRONG_USAGE, fail
+from kvrelay.coordinator.scheduler.cost_config import CostConfig
+from kvrelay.coordinator.scheduler.policies import make_scheduler
+from kvrelay.simulator import simulation
+from kvrelay.simulator.config import ClusterConfig, EngineLimits, Hardware
+from kvrelay.simulator.details import details_of, notes
+from kvrelay.simulator.known_times import known_times, read_times
+from kvrelay.simulator.simulation import Simulated, simulate
+from kvrelay.simulator.timing import TimeModel
+from kvrelay.workload.run_record import RunRecord, record_of
+from kvrelay.workload.targets import Targets
+from kvrelay.workload.trace import TraceRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """What is simulated, as the command line has it."""
+
+    policy: str
+    local_prefill: Literal["when-cheaper", "never", "always"]
+    num_coordinators: int
+    hardware: str
+    times: Path | None
+    num_prefill: int
+    num_decode: int
+    num_both: int
+    max_batched_tokens: int
+    store_gib: float
+    link_gb_per_s: float
+    enforce_targets: bool
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A simulation that has ended."""
+
+    arms: Arms
+    requests: Sequence[TraceRequest]
+    targets: Targets
+    simulated: Simulated
+
+    def report(self, name: str, load: Mapping[str, Any]) -> tuple[RunRecord, list[str]]:
+        """The record, and sentences for people."""
+        details = details_of(self.simulated, self.requests, self.requests[0].block_tokens)
+        config = {**load, **asdict(self.arms), "times": str(self.arms.times) if self.arms.times else None}
+        record = record_of(
+            self.simulated.outcomes, self.targets, name=name, kind="simulation", config=config, details=details
+        )
+        return record, notes(details)
+
+
+def run(requests: Sequence[TraceRequest], arms: Arms, targets: Targets) -> Finished:
+    """Leaves with a message when there is no such cluster."""
+    try:
+        config, times = _cluster(arms, requests[0].block_tokens), _times(arms)
+    except OSError as error:
+        fail(f"--times {arms.times} cannot be read: {error.strerror}", WRONG_USAGE)
+    except ValueError as error:
+        fail(str(error), WRONG_USAGE)
+    cost = CostConfig(local_prefill=arms.local_prefill)
+    schedulers = [make_scheduler(arms.policy, arms.seed + number, cost) for number in range(arms.num_coordinators)]
+    enforced = targets if arms.enforce_targets else Targets()
+    with _progress(len(requests)) as show:
+        simulated = simulate(requests, config, times, schedulers, enforced, show)
+    return Finished(arms=arms, requests=requests, targets=targets, simulated=simulated)
+
+
+def _cluster(arms: Arms, block_tokens: int) -> ClusterConfig:
+    return ClusterConfig(
+        num_prefill=arms.num_prefill,
+        num_decode=arms.num_decode,
+        num_both=arms.num_both,
+        engine=EngineLimits(max_batched_tokens=arms.max_batched_tokens),
+        hardware=Hardware(
+            block_tokens=block_tokens,
+            store_bytes=int(arms.store_gib * 2**30),
+            link_bytes_per_s=arms.link_gb_per_s * 1e9,
+        ),
+        seed=arms.seed,
+    )
+
+
+def _times(arms: Arms) -> TimeModel:
+    return read_times(arms.times, arms.hardware) if arms.times else known_times(arms.hardware)
+
+
+@contextmanager
+def _progress(num_requests: int) -> Iterator[simulation.Progress]:
+    """Shows how it goes, on a terminal only."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"kvrelay: simulating {num_requests} requests", file=sys.stderr)
+        yield lambda *_: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=num_requests)
+
+        def show(num_arrived: int, num_ended: int) -> None:
+            progress.update(task, completed=num_ended, description=f"in flight {num_arrived - num_ended}")
+
+        yield show
