@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from kvrelay.coordinator.metrics.histogram import Histogram
 from kvrelay.coordinator.metrics.requests import RequestMetrics
-from kvrelay.coordinator.metrics.sources import IndexReport, Sources, WorkerReport
+from kvrelay.coordinator.metrics.sources import IndexFigures, Sources, WorkerReport
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
 FamilyT = TypeVar("FamilyT", CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily)
@@ -25,6 +25,16 @@ _PER_WORKER: list[_PerWorker] = [
     ("engine_running_requests", "Sequences in its engine's batch", lambda r: r.status.num_running_requests),
     ("engine_waiting_requests", "Sequences that wait for its engine", lambda r: r.status.num_waiting_requests),
     ("engine_kv_usage_ratio", "Share of its engine's KV blocks in use", lambda r: r.status.engine_kv_usage),
+]
+_OF_INDEX: list[tuple[str, str, Callable[[IndexFigures], float]]] = [
+    ("entries", "Pairs of a block and a worker that has it", lambda index: index.num_entries),
+    ("speculated_entries", "Of these, those that a request in flight promises", lambda index: index.num_speculated),
+    ("blocks", "Different blocks", lambda index: index.num_blocks),
+    ("bytes", "Memory of this copy", lambda index: index.size_bytes),
+    ("lag_seconds", "From when the newest delta was published until it was applied", lambda index: index.lag_s),
+    ("etcd_keys", "Deltas that etcd holds", lambda index: index.num_etcd_keys),
+    ("etcd_bytes", "Size of these", lambda index: index.etcd_bytes),
+    ("writes_per_second", "Deltas of workers that came in the last second", lambda index: index.writes_per_s),
 ]
 _SLOT_STATES: dict[str, Callable[[worker_pb2.BlockStoreStatus], int]] = {
     "free": lambda store: store.num_free,
@@ -99,13 +109,11 @@ class CoordinatorCollector(Collector):
                 family.add_metric([*self._own, report.view.worker_id], value(report))
             yield family
 
-    def _of_index(self, index: IndexReport) -> Iterator[Metric]:
-        yield self._gauge("prefix_index_entries", "Pairs of a block and a worker that has it", index.num_entries)
-        yield self._gauge("prefix_index_blocks", "Different blocks", index.num_blocks)
-        yield self._gauge("prefix_index_lag_seconds", "Age of the newest delta when it was applied", index.lag_s)
-        yield self._gauge("prefix_index_etcd_bytes", "What etcd has of it", index.etcd_bytes)
+    def _of_index(self, index: IndexFigures) -> Iterator[Metric]:
+        for name, text, value in _OF_INDEX:
+            yield self._gauge(f"prefix_index_{name}", text, value(index))
         yield self._counter("prefix_index_rebuilds", "Times it was read anew from etcd", index.num_rebuilds)
-        yield self._counter("prefix_index_writes", "Writes of workers to etcd", index.num_writes)
+        yield self._counter("prefix_index_writes", "Deltas of workers that came from etcd", index.num_writes)
 
     def _histogram(self, name: str, text: str, values: Histogram) -> Metric:
         family = self._labelled(HistogramMetricFamily, name, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.v1 import worker_pb2
@@ -17,20 +18,29 @@ class WorkerReport:
     status: worker_pb2.WorkerStatus
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexReport:
-    """This process's copy of the prefix index, and what etcd has of it."""
+class IndexFigures(Protocol):
+    """What this process's copy of the prefix index holds, and how well it follows etcd."""
 
-    num_entries: int
-    """Pairs of a block and a worker that has it."""
-    num_blocks: int
-    lag_s: float
-    """Age of the newest delta when it was applied."""
-    num_rebuilds: int
-    etcd_bytes: int
-    """Keys and values."""
-    num_writes: int
-    """Of all workers to etcd, since the process began."""
+    @property
+    def num_entries(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_speculated(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def lag_s(self) -> float: ...
+    @property
+    def num_rebuilds(self) -> int: ...
+    @property
+    def num_etcd_keys(self) -> int: ...
+    @property
+    def etcd_bytes(self) -> int: ...
+    @property
+    def num_writes(self) -> int: ...
+    @property
+    def writes_per_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,4 +52,4 @@ class Sources:
     """Whether it does the cluster's chores."""
     queue_depth: Callable[[], int] = lambda: 0
     """Requests that are admitted and wait for their turn."""
-    index: Callable[[], IndexReport | None] = lambda: None
+    index: Callable[[], IndexFigures | None] = lambda: None

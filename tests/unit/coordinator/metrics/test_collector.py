@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client.openmetrics import parser as openmetrics
@@ -11,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvrelay.coordinator.metrics.collector import CoordinatorCollector
 from kvrelay.coordinator.metrics.exposition import Exposition
 from kvrelay.coordinator.metrics.requests import RequestMetrics
-from kvrelay.coordinator.metrics.sources import IndexReport, Sources, WorkerReport
+from kvrelay.coordinator.metrics.sources import IndexFigures, Sources, WorkerReport
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
@@ -53,7 +54,7 @@ def samples(text: str) -> dict[tuple[str, Labels], float]:
     return found
 
 
-def sources(workers: Sequence[WorkerReport] = (), index: IndexReport | None = None) -> Sources:
+def sources(workers: Sequence[WorkerReport] = (), index: IndexFigures | None = None) -> Sources:
     return Sources(workers=lambda: workers, index=lambda: index, queue_depth=lambda: 4)
 
 
@@ -94,16 +95,33 @@ def test_workers_are_told_as_the_scheduler_sees_them() -> None:
     assert not any("d1" in dict(labels).values() for _, labels in samples(page(sources())))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    num_entries: int = 9
+    num_blocks: int = 5
+    num_speculated: int = 1
+    size_bytes: int = 700
+    lag_s: float = 0.5
+    num_rebuilds: int = 2
+    num_etcd_keys: int = 3
+    etcd_bytes: int = 800
+    num_writes: int = 30
+    writes_per_s: float = 4.5
+
+
 def test_the_index_is_told_when_there_is_one() -> None:
-    report = IndexReport(num_entries=9, num_blocks=5, lag_s=0.5, num_rebuilds=2, etcd_bytes=800, num_writes=30)
-    found = samples(page(sources(index=report)))
-    assert {name: value for (name, _), value in found.items() if "_index_" in name} == {
-        "kvrelay_prefix_index_entries": 9,
-        "kvrelay_prefix_index_blocks": 5,
-        "kvrelay_prefix_index_lag_seconds": 0.5,
-        "kvrelay_prefix_index_etcd_bytes": 800,
-        "kvrelay_prefix_index_rebuilds_total": 2,
-        "kvrelay_prefix_index_writes_total": 30,
+    found = samples(page(sources(index=Figures())))
+    assert {name.removeprefix("kvrelay_prefix_index_"): v for (name, _), v in found.items() if "_index_" in name} == {
+        "entries": 9,
+        "speculated_entries": 1,
+        "blocks": 5,
+        "bytes": 700,
+        "lag_seconds": 0.5,
+        "etcd_keys": 3,
+        "etcd_bytes": 800,
+        "writes_per_second": 4.5,
+        "rebuilds_total": 2,
+        "writes_total": 30,
     }
     assert "_index_" not in page(sources())
 
