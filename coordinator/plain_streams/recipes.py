@@ -82,10 +82,12 @@ class Recipes:
         online = self._serving.chat.online_renderer
         chat = request.build_chat_params(online.chat_template, online.chat_template_content_format)
         chat = chat.with_defaults({**online.default_chat_template_kwargs, "tools": None, "tokenize": False})
-        return self._recipe(request, self._serving.chat, request.max_completion_tokens or request.max_tokens, chat)
+        return self._recipe(
+            request, self._serving.chat, fields.get("max_completion_tokens") or fields.get("max_tokens"), chat
+        )
 
     def _completion(self, fields: Mapping[str, Any]) -> Recipe:
-        request = CompletionRequest.model_validate({**fields, "prompt": ""})
+        request = CompletionRequest.model_validate({**fields, "prompt": [0]})
         return self._recipe(request, self._serving.completion, request.max_tokens, None)
 
     def _recipe(self, request: Any, serving: Any, asked_tokens: int | None, chat: ChatParams | None) -> Recipe:

@@ -61,7 +61,8 @@ class PlainStream:
         if delta.finish_reason == _ERROR:
             self.fail(GenerationFailedError("the engine failed"))
             return True
-        if delta.HasField("num_cached_tokens"):
+        # Later the decode worker tells what it had, the prefill worker's blocks included.
+        if self._num_cached_tokens is None and delta.HasField("num_cached_tokens"):
             self._num_cached_tokens = delta.num_cached_tokens
         stop_string = self._detokenizer.update(list(delta.token_ids), delta.finish_reason == _STOP)
         if stop_string:

@@ -110,10 +110,17 @@ async def test_refusals_tell_why(front_end: FrontEnd, stream: bool) -> None:
         assert found["refused_requests_total{overloaded}"] == 1
 
 
-async def test_cached_tokens_are_those_that_the_first_worker_found(front_end: FrontEnd) -> None:
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("fields", [{}, {"logit_bias": {"7": 1}}], ids=["plain", "other"])
+async def test_cached_tokens_are_those_that_the_first_worker_found(
+    front_end: FrontEnd, path: str, fields: dict[str, Any]
+) -> None:
     length = common_pb2.FINISH_REASON_LENGTH
     async with gateway(front_end) as served:
         served.cluster.prefill.respond = says({"token_ids": [504], "finish": length, "num_cached_tokens": 16})
-        served.cluster.decode.respond = says({"token_ids": [505], "finish": length, "num_cached_tokens": 40})
-        assert await complete(served, stream=True) == 200
+        served.cluster.decode.respond = says({"token_ids": [505], "finish": length, "num_cached_tokens": 32})
+        prompt = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {"prompt": PROMPT}
+        body = {**prompt, **fields, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+        text = (await served.post(f"/v1/{path}", body)).text
+        assert '"prompt_tokens_details":{"cached_tokens":16' in text
         assert (await scrape(served))["cached_tokens_total"] == 16
