@@ -95,7 +95,7 @@ def chat_form(model: str, system_fingerprint: str | None) -> Form:
             created=created,
             choices=[],
             model=model,
-            usage=_usage_info(counts),
+            usage=_usage_info(counts, created_cache_tokens=0),
             system_fingerprint=system_fingerprint,
         )
 
@@ -146,14 +146,14 @@ def completion_form(model: str, system_fingerprint: str | None) -> Form:
     )
 
 
-def _usage_info(counts: Usage) -> UsageInfo:
+def _usage_info(counts: Usage, **details: int) -> UsageInfo:
     info = UsageInfo(
         prompt_tokens=counts.num_prompt_tokens,
         completion_tokens=counts.num_tokens,
         total_tokens=counts.num_prompt_tokens + counts.num_tokens,
     )
     if counts.num_cached_tokens is not None:
-        info.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=counts.num_cached_tokens)
+        info.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=counts.num_cached_tokens, **details)
     return info
 
 

@@ -58,14 +58,18 @@ async def gateway(
     options: ServingOptions | None = None,
     ready: Callable[[], bool] | None = None,
     with_prefill: bool = True,
+    with_plain_streams: bool = True,
     tracing: Tracing | None = None,
     config: ClusterEngineConfig | None = None,
 ) -> AsyncIterator[GatewayUnderTest]:
-    """With `tokens` the workers generate these; without, the test speaks for them."""
+    """With `tokens` the workers generate these; without, the test speaks for them.
+
+    Without plain streams, vLLM's serving classes answer everything.
+    """
     async with fake_cluster(front_end, tokens, with_prefill=with_prefill, tracing=tracing, config=config) as cluster:
         app = build_app(
             cluster.engine,
-            streams=cluster.engine,
+            streams=cluster.engine if with_plain_streams else None,
             served_model_name=front_end.served_model_name,
             probes=Probes(ready=ready or (lambda: cluster.engine.is_ready), metrics=exposition(cluster)),
             limits=limits,
