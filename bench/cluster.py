@@ -21,10 +21,14 @@ _START_TIMEOUT_S = 300
 
 @contextlib.contextmanager
 def measured_cluster(*flags: str, engine_options: Sequence[str] = ()) -> Iterator[RunningCluster]:
-    """Start it, wait until it can serve, and end it by Ctrl-C. Raises `RuntimeError` when it does not start."""
+    """Start it, wait until it can serve, and end it by Ctrl-C. Every prompt that can be is handed over.
+
+    Raises `RuntimeError` when it does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="kvrelay-bench-") as home:
         environment = {**os.environ, "XDG_STATE_HOME": home}
-        command = [sys.executable, "-m", "kvrelay.cli", "up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", *flags]
+        own = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--local-prefill", "never")
+        command = [sys.executable, "-m", "kvrelay.cli", "up", *own, *flags]
         with (Path(home) / "up.log").open("wb") as log:
             process = subprocess.Popen(
                 [*command, "--", *engine_options], env=environment, stdout=log, stderr=subprocess.STDOUT

@@ -116,6 +116,7 @@ async def rig(model_path: str, num_replicas: int, coordinator_options: Sequence[
         coordinator = [
             *("kvrelay.cli", "coordinator", "--model", model_path, "--served-model-name", MODEL),
             *("--http", http, "--grpc", "127.0.0.1:0", "--replicas", str(num_replicas)),
+            *("--local-prefill", "never"),  # All requests go through two workers.
             *coordinator_options,
         ]
         timing = ["--prefill-s", str(PREFILL_S), "--step-s", str(STEP_S)]

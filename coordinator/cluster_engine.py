@@ -28,6 +28,7 @@ from kvrelay.coordinator.prompt_limits import MAX_N
 from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
 from kvrelay.coordinator.request_trace import RequestTrace
+from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.vllm_errors import from_vllm_error, to_vllm_error
 from kvrelay.coordinator.worker_pool import WorkerPool
@@ -59,6 +60,7 @@ class ClusterEngine(EngineControls):
         front_end: FrontEnd,
         pool: WorkerPool,
         *,
+        scheduler: Scheduler,
         tracing: Tracing | None = None,
         config: ClusterEngineConfig | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class ClusterEngine(EngineControls):
         self.metrics = RequestMetrics()
         self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_timelines)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
-        self._dispatcher = Dispatcher(pool, self._sink, dispatcher_config)
+        self._dispatcher = Dispatcher(pool, self._sink, scheduler, dispatcher_config)
         self._workers_changed = asyncio.Event()
         self.intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
 

@@ -10,6 +10,7 @@ from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.http_serving import ServingOptions
 from kvrelay.coordinator.request_limits import RequestLimits
+from kvrelay.coordinator.scheduler.cost_config import CostConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class CoordinatorConfig:
     advertise_host: str | None = None
     """Name under which others reach this process; where it listens when None."""
     front_end: FrontEndConfig
+    policy: str = "cost"
+    """How workers are chosen: a name of `scheduler.policies.POLICIES`."""
+    cost: CostConfig = field(default_factory=CostConfig)
     engine: ClusterEngineConfig = field(default_factory=ClusterEngineConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     serving: ServingOptions = field(default_factory=ServingOptions)

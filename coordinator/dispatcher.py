@@ -11,8 +11,8 @@ import structlog
 
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
+from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.view import RequestShape
-from kvrelay.coordinator.scheduler_old import plan
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import (
@@ -27,7 +27,6 @@ from kvrelay.v1 import worker_pb2
 
 _log = structlog.get_logger(__name__)
 
-_POLICY = "least-loaded"
 _FAILURES: dict[int, type[KvrelayError]] = {
     worker_pb2.RequestFailed.REASON_INVALID: InvalidRequestError,
     worker_pb2.RequestFailed.REASON_UNAVAILABLE: NoWorkersError,
@@ -60,8 +59,9 @@ class DispatcherConfig:
 class Dispatcher:
     """Owns the requests in flight. Nothing here waits, so nothing here is cancelled half way."""
 
-    def __init__(self, pool: WorkerPool, sink: OutputSink, config: DispatcherConfig) -> None:
+    def __init__(self, pool: WorkerPool, sink: OutputSink, scheduler: Scheduler, config: DispatcherConfig) -> None:
         self._pool = pool
+        self._scheduler = scheduler
         self._sink = sink
         self._config = config
         self._flows: dict[str, RequestFlow] = {}
@@ -77,10 +77,15 @@ class Dispatcher:
         Raises `NoWorkersError`, `OverloadedError`, `WorkerLostError` or `InvalidRequestError`; then
         nothing of it is left.
         """
-        shape = RequestShape(model=self._config.model, num_prompt_tokens=len(request.prompt_token_ids))
+        shape = RequestShape(
+            model=self._config.model,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_sequences=len(request.completions),
+            max_tokens=request.completions[0].sampling.max_tokens,
+        )
         began_s = time.perf_counter()
         with trace.span("schedule"):
-            chosen = plan(shape, self._pool.views())
+            chosen = self._scheduler.plan(shape, self._pool.views()).plan
         schedule_s = time.perf_counter() - began_s
         timeline.mark("schedule.done")
         flow = RequestFlow(request, chosen, timeline, trace, self._config.kv_wait_ms)
@@ -94,7 +99,7 @@ class Dispatcher:
                 self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
             raise
-        self._sink.started(flow, _POLICY, schedule_s)
+        self._sink.started(flow, self._scheduler.name, schedule_s)
 
     def cancel(self, completion_ids: Sequence[str]) -> None:
         """The client needs no more tokens of these; what is unknown or over is ignored."""
@@ -150,6 +155,8 @@ class Dispatcher:
     def _start(self, flow: RequestFlow) -> None:
         prefill = flow.start()
         if prefill is None or flow.plan.prefill is None:
+            request = flow.request
+            self._pool.queue_prompt(flow.plan.decode.worker_id, request.request_id, len(request.prompt_token_ids))
             self._send_decodes(flow)
             return
         try:
@@ -164,6 +171,8 @@ class Dispatcher:
             if flow.plan.decode.worker_id != worker_id:
                 return None
             waited_for_blocks = flow.prefill_may_run
+            if flow.plan.prefill is None:
+                self._pool.end_prefill(worker_id, flow.request.request_id)
             output = flow.on_decode_delta(delta)
             if waited_for_blocks and not flow.prefill_may_run:
                 self._release_prefill(flow)

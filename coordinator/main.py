@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import NamedTuple
+from zlib import crc32
 
 import grpc.aio
 import structlog
@@ -31,6 +32,7 @@ from kvrelay.coordinator.metrics.collector import CoordinatorCollector
 from kvrelay.coordinator.metrics.exposition import Exposition
 from kvrelay.coordinator.metrics.sources import Sources
 from kvrelay.coordinator.prompt_rendering import ChatTemplate
+from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.etcd import EtcdConfig, connect
 from kvrelay.grpc_options import server_options
@@ -157,7 +159,8 @@ def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracin
     _log.info("front end ready", seconds=round(time.monotonic() - started, 1), model=config.front_end.model)
     gc.collect()
     gc.freeze()
-    engine = ClusterEngine(front_end, pool, tracing=tracing, config=config.engine)
+    scheduler = make_scheduler(config.policy, crc32(config.coordinator_id.encode()), config.cost)
+    engine = ClusterEngine(front_end, pool, scheduler=scheduler, tracing=tracing, config=config.engine)
     try:
         yield engine
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 import structlog
@@ -12,6 +12,7 @@ import structlog
 from kvrelay.coordinator.metrics.sources import WorkerReport
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
+from kvrelay.coordinator.worker_view import take_speeds, view_of
 from kvrelay.errors import WorkerLostError
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
@@ -56,6 +57,7 @@ class _Member:
 
     def refresh_view(self) -> None:
         """What this coordinator gave the worker, or what it reports with the share of others, whichever is more."""
+        self.view.num_queued_prompts = len(self.queued_tokens)
         self.view.num_queued_prompt_tokens = max(sum(self.queued_tokens.values()), self.status.num_queued_prompt_tokens)
         self.view.num_running_requests = max(
             sum(self.sequences.values()), self.status.num_running_requests + self.status.num_waiting_requests
@@ -103,7 +105,7 @@ class WorkerPool:
             return
         link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
-        self._members[worker.worker_id] = _Member(link, task, _view_of(worker))
+        self._members[worker.worker_id] = _Member(link, task, view_of(worker))
         _log.info("worker joined", worker_id=worker.worker_id, address=worker.address)
 
     def update(self, worker: cluster_pb2.WorkerInfo) -> None:
@@ -117,8 +119,9 @@ class WorkerPool:
             return
         member.departed = False
         member.link.worker = worker
-        fresh = _view_of(worker)
+        fresh = view_of(worker)
         fresh.num_assigned = member.view.num_assigned
+        take_speeds(fresh, member.status)
         member.view = fresh
         member.refresh_view()
         self._retire(member)
@@ -135,7 +138,7 @@ class WorkerPool:
             self._retire(member)
             self._notify_changed()
 
-    def views(self) -> Collection[WorkerView]:
+    def views(self) -> Sequence[WorkerView]:
         """The connected workers that take requests. The views are live: read them at once."""
         return [member.view for member in self._present()]
 
@@ -155,8 +158,13 @@ class WorkerPool:
         member = self._member(worker_id)
         member.link.send(worker_pb2.CoordinatorMessage(prefill=message))
         member.prefills.add(message.request_id)
-        member.queued_tokens[message.request_id] = len(message.prompt_token_ids)
         member.view.num_assigned += 1
+        self.queue_prompt(worker_id, message.request_id, len(message.prompt_token_ids))
+
+    def queue_prompt(self, worker_id: str, request_id: str, num_tokens: int) -> None:
+        """Count a prompt that the worker is to compute, until `end_prefill`; also one that it gets with its decode."""
+        member = self._member(worker_id)
+        member.queued_tokens[request_id] = num_tokens
         member.refresh_view()
 
     def end_prefill(self, worker_id: str, request_id: str) -> None:
@@ -180,6 +188,8 @@ class WorkerPool:
         member.refresh_view()
 
     def release_sequences(self, worker_id: str, request_id: str) -> None:
+        """They are over, and so is a prompt that the worker was to compute itself."""
+        self.end_prefill(worker_id, request_id)
         member = self._members.get(worker_id)
         if member and member.sequences.pop(request_id, None) is not None:
             member.refresh_view()
@@ -216,6 +226,7 @@ class WorkerPool:
     def on_status(self, link: WorkerLink, status: worker_pb2.WorkerStatus) -> None:
         if member := self._members.get(link.worker.worker_id):
             member.status = status
+            take_speeds(member.view, status)
             member.refresh_view()
 
     def on_lost(self, link: WorkerLink, reason: str) -> None:
@@ -257,16 +268,3 @@ class WorkerPool:
             return self._members[worker_id]
         except KeyError:
             raise WorkerLostError(f"worker {worker_id} has left the cluster") from None
-
-
-def _view_of(worker: cluster_pb2.WorkerInfo) -> WorkerView:
-    return WorkerView(
-        worker_id=worker.worker_id,
-        role=worker.role,
-        model=worker.model,
-        address=worker.address,
-        fingerprint=worker.layout.fingerprint,
-        block_size_tokens=worker.layout.block_size_tokens,
-        max_model_len_tokens=worker.max_model_len_tokens,
-        draining=worker.state == cluster_pb2.WORKER_STATE_DRAINING,
-    )

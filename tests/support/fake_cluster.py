@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from kvrelay.coordinator.cluster_engine import ClusterEngine, ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2
@@ -91,7 +92,7 @@ async def fake_cluster(
     prefill = FakeWorker("p1", cluster_pb2.ROLE_PREFILL, model and model.prefill, model=name)
     decode = FakeWorker("d1", cluster_pb2.ROLE_DECODE, model and model.decode, model=name)
     pool = WorkerPool("coordinator-1")
-    engine = ClusterEngine(front_end, pool, tracing=tracing, config=config)
+    engine = ClusterEngine(front_end, pool, scheduler=make_scheduler("least-loaded"), tracing=tracing, config=config)
     workers = [prefill, decode] if with_prefill else [decode]
     try:
         for worker in workers:

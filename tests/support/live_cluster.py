@@ -59,11 +59,15 @@ def free_port_addresses() -> Sequence[str]:
 
 @contextlib.contextmanager
 def live_cluster(home: Path, *flags: str, engine_options: Sequence[str] = ()) -> Iterator[LiveCluster]:
-    """Start, wait until it is ready, end it by Ctrl-C, and check that nothing is left."""
+    """Start, wait until it is ready, end it by Ctrl-C, and check that nothing is left.
+
+    Prompts are handed over, however short; `flags` may say otherwise.
+    """
     environment = {**os.environ, "XDG_STATE_HOME": str(home)}
     output = home / "up.log"
     before = abandoned_shared_memory()
-    command = [sys.executable, "-m", "kvrelay.cli", "up", *free_port_addresses(), *flags, "--", *engine_options]
+    own = (*free_port_addresses(), "--local-prefill", "never")
+    command = [sys.executable, "-m", "kvrelay.cli", "up", *own, *flags, "--", *engine_options]
     with output.open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.simulated import SimulatedEngine
@@ -119,7 +120,7 @@ async def simulated_cluster(
             for index, role in enumerate(roles)
         ]
         pool = WorkerPool("coordinator-1")
-        engine = ClusterEngine(front_end, pool, tracing=tracing)
+        engine = ClusterEngine(front_end, pool, scheduler=make_scheduler("least-loaded"), tracing=tracing)
         await stack.enter_async_context(pool.running(engine))
         for worker in workers:
             pool.join(worker.info)

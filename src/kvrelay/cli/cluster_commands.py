@@ -39,6 +39,8 @@ class CoordinatorOptions:
         typer.Option(metavar="ID", rich_help_panel=opt.CLUSTER, help="Default: host name and random characters."),
     ] = None
     replicas: opt.ReplicasOption = 1
+    policy: opt.PolicyOption = opt.Policy.COST
+    local_prefill: opt.LocalPrefillOption = opt.LocalPrefill.WHEN_CHEAPER
     is_replica: Annotated[bool, typer.Option(_REPLICA_FLAG, hidden=True)] = False
     etcd_history_s: Annotated[
         float,
@@ -124,6 +126,7 @@ def coordinator(
             raise typer.Exit(_run_replicas(coordinator_id, member, api))
         from kvrelay.coordinator.config import CoordinatorConfig
         from kvrelay.coordinator.main import run_coordinator
+        from kvrelay.coordinator.scheduler.cost_config import CostConfig
 
         config = CoordinatorConfig(
             coordinator_id=coordinator_id,
@@ -134,6 +137,8 @@ def coordinator(
             shares_ports=member.is_replica,
             advertise_host=advertise_host,
             etcd_history_s=member.etcd_history_s or None,
+            policy=member.policy.value,
+            cost=CostConfig(local_prefill=member.local_prefill.value),
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
             otlp_endpoint=observe.otlp,
@@ -189,6 +194,8 @@ class ClusterOptions:
     prefill: Annotated[int, typer.Option(min=0, rich_help_panel=opt.CLUSTER, help="Prefill workers.")] = 1
     decode: Annotated[int, typer.Option(min=1, rich_help_panel=opt.CLUSTER, help="Decode workers.")] = 1
     replicas: opt.ReplicasOption = 1
+    policy: opt.PolicyOption = opt.Policy.COST
+    local_prefill: opt.LocalPrefillOption = opt.LocalPrefill.WHEN_CHEAPER
     etcd: opt.OptionalEtcdOption = None
     etcd_binary: Annotated[
         Path | None,
@@ -275,6 +282,7 @@ def _up_config(
         engine_options=engine_options,
         prefill_options=children.prefill_args or (),
         decode_options=children.decode_args or (),
+        coordinator_options=("--policy", cluster.policy.value, "--local-prefill", cluster.local_prefill.value),
         kv_host_bytes=engine.kv_host_bytes,
         kv_disk_bytes=engine.kv_disk_bytes,
         kv_compression=engine.kv_compression,

@@ -46,6 +46,25 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class Policy(StrEnum):
+    """How the coordinator chooses the workers of a request: names of the scheduler's policies."""
+
+    COST = "cost"
+    LEAST_LOADED = "least-loaded"
+    ROUND_ROBIN = "round-robin"
+    WEIGHTED = "weighted"
+    RANDOM = "random"
+    PREFIX_ONLY = "prefix-only"
+
+
+class LocalPrefill(StrEnum):
+    """Whether decode workers compute prompts."""
+
+    WHEN_CHEAPER = "when-cheaper"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 HTTP = parse_address(default_addresses.HTTP)
 GRPC = parse_address(default_addresses.GRPC)
 KV_HOST_BYTES = 2 << 30
@@ -245,6 +264,17 @@ ReplicasOption = Annotated[
         metavar="N",
         rich_help_panel=CLUSTER,
         help="Coordinator processes that share the two ports.",
+    ),
+]
+PolicyOption = Annotated[
+    Policy, typer.Option("--policy", rich_help_panel=CLUSTER, help="How the workers of a request are chosen.")
+]
+LocalPrefillOption = Annotated[
+    LocalPrefill,
+    typer.Option(
+        "--local-prefill",
+        rich_help_panel=CLUSTER,
+        help="Whether decode workers compute prompts, under the policy cost; never: only where nobody else can.",
     ),
 ]
 OtlpOption = Annotated[

@@ -102,6 +102,25 @@ async def test_load_counts_what_was_given_and_not_yet_done(start_worker: StartWo
         assert views["d1"].num_running_requests == 0
 
 
+async def test_a_prompt_that_a_decode_worker_computes_counts_there_until_its_first_token_or_its_end(
+    start_worker: StartWorker,
+) -> None:
+    worker = await start_worker("d1")
+    pool = WorkerPool("c")
+    async with pool.running(Listener()):
+        pool.join(worker.info)
+        await connected(pool, "d1")
+        (view,) = pool.views()
+        for request_id in ("r", "s"):
+            pool.reserve_sequences("d1", request_id, 1)
+            pool.queue_prompt("d1", request_id, 30)
+        assert (view.num_queued_prompt_tokens, view.num_queued_prompts) == (60, 2)
+        pool.end_prefill("d1", "r")
+        assert (view.num_queued_prompt_tokens, view.num_queued_prompts) == (30, 1)
+        pool.release_sequences("d1", "s")
+        assert (view.num_queued_prompt_tokens, view.num_queued_prompts, view.num_running_requests) == (0, 0, 1)
+
+
 async def test_load_that_others_gave_counts_as_the_worker_reports_it(start_worker: StartWorker) -> None:
     worker = await start_worker("d1")
     pool = WorkerPool("c")
