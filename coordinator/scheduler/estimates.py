@@ -39,8 +39,8 @@ def bytes_per_s(source: WorkerView, target: WorkerView, config: CostConfig) -> f
     measured = source.link_bytes_per_s.get(target.address)
     if measured:
         return measured
-    same_host = source.address.rpartition(":")[0] == target.address.rpartition(":")[0]
-    return config.local_bytes_per_s if same_host else config.remote_bytes_per_s
+    host, colon, _ = source.address.rpartition(":")
+    return config.local_bytes_per_s if target.address.startswith(host + colon) else config.remote_bytes_per_s
 
 
 def fullest(request: RequestShape, workers: Iterable[WorkerView]) -> WorkerView | None:
@@ -82,20 +82,17 @@ class PromptEstimator:
 
     def at(self, worker: WorkerView) -> PromptEstimate:
         """Fetches from the holder where that is faster than computing."""
-        num_tokens = self._request.num_prompt_tokens
-        num_cached = stored_tokens(self._request, worker)
-        waiting_s = wait_s(worker)
-        prefill_s = worker.times.prefill_s(num_tokens - num_cached, num_cached)
-        source = None
-        if self._num_held > num_cached and self._holder is not None and worker.token_bytes:
-            fetch_s = (
-                (self._num_held - num_cached) * worker.token_bytes / bytes_per_s(self._holder, worker, self._config)
-            )
-            rest_s = worker.times.prefill_s(num_tokens - self._num_held, self._num_held)
+        request, times, holder, source = self._request, worker.times, self._holder, None
+        num_tokens = request.num_prompt_tokens
+        num_cached = stored_tokens(request, worker) if request.num_stored_blocks else 0
+        waiting_s = wait_s(worker) if worker.num_queued_prompt_tokens else 0.0
+        prefill_s = times.prefill_s(num_tokens - num_cached, num_cached)
+        if holder and (num_missing := self._num_held - num_cached) > 0 and worker.token_bytes:
             # Blocks are fetched while the prompts before are computed.
-            if max(waiting_s, fetch_s) + rest_s < waiting_s + prefill_s:
-                waiting_s, prefill_s = max(waiting_s, fetch_s), rest_s
-                num_cached, source = self._num_held, self._holder
+            fetched_s = max(waiting_s, num_missing * worker.token_bytes / bytes_per_s(holder, worker, self._config))
+            rest_s = times.prefill_s(num_tokens - self._num_held, self._num_held)
+            if fetched_s + rest_s < waiting_s + prefill_s:
+                waiting_s, prefill_s, num_cached, source = fetched_s, rest_s, self._num_held, holder
         stalled = self._config.decode_weight * worker.num_running_requests
         cost = waiting_s + prefill_s * (1.0 + self._crowding + stalled)
         return PromptEstimate(cost, worker, waiting_s, prefill_s, num_cached, source)
@@ -126,30 +123,32 @@ class DecodeEstimator:
         self._num_output_tokens = min(request.max_tokens or expected, expected)
 
     def at(self, worker: WorkerView) -> DecodeEstimate:
-        request, config, num_output = self._request, self._config, self._num_output_tokens
-        running, num_new, num_tokens = worker.num_running_requests, request.num_sequences, request.num_prompt_tokens
+        request, num_output = self._request, self._num_output_tokens
+        num_new, num_tokens = request.num_sequences, request.num_prompt_tokens
+        running, num_context = worker.num_running_requests, worker.num_context_tokens
         times = worker.times
         growth_s = num_new * (times.step_request_s + times.step_context_token_s * num_tokens)
-        itl_s = times.step_s(running, worker.num_context_tokens) + growth_s
+        itl_s = times.step_s(running, num_context) + growth_s
         lost_s = num_output * (num_new * itl_s + running * growth_s)
-        blocked_s = wait_s(worker)
+        blocked_s = wait_s(worker) if worker.num_queued_prompt_tokens else 0.0
         if running:
             # As if each sequence were somewhere between begin and end: a share of them ends in that share of the time.
             share = _missing_share(worker, num_new, num_tokens + num_new * num_output)
-            blocked_s = max(blocked_s, share * config.expected_output_tokens * itl_s)
-        num_stored = stored_tokens(request, worker)
+            if share > 0.0:
+                blocked_s = max(blocked_s, share * self._config.expected_output_tokens * itl_s)
+        num_stored = stored_tokens(request, worker) if request.num_stored_blocks else 0
         missing_bytes = (num_tokens - num_stored) * worker.token_bytes
-        cost = config.decode_weight * lost_s + blocked_s
+        cost = self._config.decode_weight * lost_s + blocked_s
         return DecodeEstimate(cost, worker, itl_s, blocked_s, num_stored, missing_bytes)
 
 
 def _missing_share(worker: WorkerView, num_new: int, num_new_tokens: int) -> float:
     """Which share of what a worker has must end before there is room; an idle one takes whatever it can."""
     share = 0.0
-    if worker.max_running_requests:
-        running = worker.num_running_requests
-        share = (running + num_new - worker.max_running_requests) / running
-    if worker.capacity_tokens and worker.num_context_tokens:
-        excess = worker.num_context_tokens + num_new_tokens - worker.capacity_tokens
-        share = max(share, excess / worker.num_context_tokens)
-    return min(1.0, max(0.0, share))
+    running, most = worker.num_running_requests, worker.max_running_requests
+    if most and running + num_new > most:
+        share = (running + num_new - most) / running
+    num_context, capacity = worker.num_context_tokens, worker.capacity_tokens
+    if capacity and num_context and num_context + num_new_tokens > capacity:
+        share = max(share, (num_context + num_new_tokens - capacity) / num_context)
+    return min(1.0, share)
