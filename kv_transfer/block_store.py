@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -53,6 +53,8 @@ class BlockStore:
         self._on_taken = on_taken
         self.on_turnover: Callable[[int], object] = lambda _: None
         """Called with how many slots were just handed out, or have become evictable; must not use the store at once."""
+        self.on_changed: Callable[[bytes], object] = lambda _: None
+        """Called with the hash of a block that has become ready, or is no more; must not use the store at once."""
         self._state = [SlotState.FREE] * num_slots
         self._pins = [0] * num_slots
         self._hash: list[bytes | None] = [None] * num_slots
@@ -75,6 +77,11 @@ class BlockStore:
     def find(self, block_hash: bytes) -> int | None:
         """The ready slot of one hash."""
         return self._slots.get(block_hash)
+
+    @property
+    def hashes(self) -> Collection[bytes]:
+        """Of all blocks that are ready; live."""
+        return self._slots.keys()
 
     def pin(self, slots: Iterable[int]) -> None:
         """Keep slots from being used for anything else until as many `unpin`.
@@ -134,6 +141,7 @@ class BlockStore:
         assert block_hash is not None
         del self._slots[block_hash]
         self._hash[slot] = None
+        self.on_changed(block_hash)
         return slot
 
     def next_out(self, count: int) -> list[tuple[int, bytes]]:
@@ -159,6 +167,7 @@ class BlockStore:
         self._hash[slot] = block_hash
         self._slots[block_hash] = slot
         self._pins[slot] += 1
+        self.on_changed(block_hash)
         return slot
 
     def release(self, slots: Iterable[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 
@@ -30,12 +31,19 @@ class DiskIndex:
         self._blocks: dict[bytes, DiskBlock] = {}
         self._idle: OrderedDict[bytes, None] = OrderedDict()
         """Those that nobody reads, least recently used first."""
+        self.on_dropped: Callable[[bytes], object] = lambda _: None
+        """Called with the hash of a block that is not on disk any more."""
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __contains__(self, block_hash: bytes) -> bool:
         return block_hash in self._blocks
+
+    @property
+    def hashes(self) -> Collection[bytes]:
+        """Of all blocks; live."""
+        return self._blocks.keys()
 
     @property
     def num_free(self) -> int:
@@ -92,6 +100,7 @@ class DiskIndex:
         self._idle.pop(block_hash, None)
         if not block.num_readers:
             self._free.append(block.place)
+        self.on_dropped(block_hash)
 
     def clear(self) -> None:
         """Forget all."""

@@ -27,6 +27,9 @@ class BlockTable:
     a block without bits is not kept.
     """
 
+    _keys: Keys
+    _words: npt.NDArray[np.uint64]
+
     def __init__(self) -> None:
         self.num_words = 1
         self.num_blocks = 0
@@ -103,9 +106,9 @@ class BlockTable:
         self._num_slots = num_buckets * _WAYS
         num_spare = self._num_slots // 64
         self._bucket_mask = np.uint64(num_buckets - 1)
-        self._keys: Keys = np.zeros(self._num_slots + num_spare, np.uint64)
+        self._keys = np.zeros(self._num_slots + num_spare, np.uint64)
         self._rows = self._keys[: self._num_slots].reshape(num_buckets, _WAYS)
-        self._words: npt.NDArray[np.uint64] = np.zeros((self._num_slots + num_spare, self.num_words), np.uint64)
+        self._words = np.zeros((self._num_slots + num_spare, self.num_words), np.uint64)
         self._overflow: dict[int, int] = {}
         self._spare = list(range(self._num_slots, self._num_slots + num_spare))
 

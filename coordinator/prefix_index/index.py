@@ -71,6 +71,21 @@ class PrefixIndex:
             array = np.array([key for key in array.tolist() if key not in speculated], np.uint64)
         self._table.clear(array, self._bits[worker_id])
 
+    def replace(self, worker_id: str, by: str) -> None:
+        """All that was added for `by` is from now on what the worker has, and nothing else but what was promised.
+
+        `by` is unknown afterwards. So what a worker has can be built anew over time, and be exchanged in a moment.
+        """
+        bit = self._bit_of(by)
+        speculated = self._speculated.pop(worker_id, {})
+        self.drop(worker_id)
+        del self._bits[by]
+        self._bits[worker_id], self._workers[bit] = bit, worker_id
+        keys = np.fromiter(speculated, np.uint64, len(speculated))
+        missing = ~self._table.has(keys, bit)
+        self._table.add(keys[missing], bit)
+        self._speculated[worker_id] = {key: speculated[key] for key in keys[missing].tolist()}
+
     def drop(self, worker_id: str) -> None:
         """The worker is gone with all that it had. Takes effect at once; `sweep` gives the space back."""
         bit = self._bits.pop(worker_id, None)
@@ -111,7 +126,7 @@ class PrefixIndex:
     def retract(self, worker_id: str, keys: Sequence[int] | Keys, now_s: float) -> None:
         """The dispatch of that moment failed: what nobody has confirmed, or promised later, counts no more."""
         if speculated := self._speculated.get(worker_id):
-            gone = [key for key in _as_keys(keys).tolist() if speculated.get(key) == now_s]
+            gone = [key for key in dict.fromkeys(_as_keys(keys).tolist()) if speculated.get(key) == now_s]
             self._forget(worker_id, gone)
 
     def expire(self, now_s: float) -> None:

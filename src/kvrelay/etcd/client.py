@@ -14,7 +14,7 @@ from kvrelay.etcd.lease import keep_alive
 from kvrelay.etcd.transport import EtcdConfig, Transport
 from kvrelay.etcd.watch import watch
 
-_PAGE_KEYS = 1_000
+DEFAULT_PAGE_KEYS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class EtcdClient:
         response = await self._range(rpc_pb2.RangeRequest(key=key))
         return response.kvs[0] if response.kvs else None
 
-    async def list_prefix(self, prefix: bytes, *, page_keys: int = _PAGE_KEYS) -> Listing:
+    async def list_prefix(self, prefix: bytes, *, page_keys: int = DEFAULT_PAGE_KEYS) -> Listing:
         """Everything under `prefix` at one revision. Watch from `revision + 1` to miss nothing."""
         request = rpc_pb2.RangeRequest(key=prefix, range_end=prefix_end(prefix), limit=page_keys)
         entries: list[rpc_pb2.KeyValue] = []
@@ -111,6 +111,10 @@ class EtcdClient:
     async def delete_prefix(self, prefix: bytes) -> int:
         """Delete everything under `prefix` and return the number of keys."""
         return await self._delete(rpc_pb2.DeleteRangeRequest(key=prefix, range_end=prefix_end(prefix)))
+
+    async def delete_range(self, first: bytes, end: bytes) -> int:
+        """Delete the keys from `first` on that lie before `end`, all at one revision; returns their number."""
+        return await self._delete(rpc_pb2.DeleteRangeRequest(key=first, range_end=end))
 
     async def txn(self, request: rpc_pb2.TxnRequest) -> rpc_pb2.TxnResponse:
         """Sent once; after `EtcdUnavailableError` it may or may not have been applied."""

@@ -33,6 +33,7 @@ from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.prefix_publisher import PrefixPublisher
 from kvrelay.worker.record import Publish, WorkerRecord
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.service import WorkerService
@@ -119,6 +120,8 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
         ):
             stop = signals.ready()
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
+            publisher = PrefixPublisher(client, config.cluster, config.worker_id, host.held_blocks)
+            registration.accompany(publisher.run)
             async with open_server(config, host, registration.update) as served:
                 registration.put(served.record.info)
                 _log.info("serving", address=served.record.info.address, worker_id=config.worker_id)

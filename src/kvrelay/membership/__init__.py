@@ -8,6 +8,8 @@ from kvrelay.membership.records import (
     coordinators_prefix,
     list_coordinators,
     list_workers,
+    prefix_delta_key,
+    prefix_logs_prefix,
     worker_key,
     workers_prefix,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "follow_workers",
     "list_coordinators",
     "list_workers",
+    "prefix_delta_key",
+    "prefix_logs_prefix",
     "register",
     "worker_key",
     "workers_prefix",

@@ -40,6 +40,17 @@ def chores_key(cluster: str) -> bytes:
     return _prefix(cluster, "leaders") + b"chores"
 
 
+def prefix_logs_prefix(cluster: str) -> bytes:
+    """Of the logs in which workers say what blocks they have. Raises `ValueError` like `workers_prefix`."""
+    return _prefix(cluster, "prefix")
+
+
+def prefix_delta_key(cluster: str, worker_id: str, lease_id: int, sequence: int) -> bytes:
+    """Of one delta in a worker's log."""
+    worker = _checked("worker id", worker_id)
+    return prefix_logs_prefix(cluster) + f"{worker}/{lease_id:x}/{sequence:08x}".encode()
+
+
 async def list_workers(client: EtcdClient, cluster: str) -> list[cluster_pb2.WorkerInfo]:
     """All workers at this moment, by id. Raises `EtcdError`."""
     listing = await client.list_prefix(workers_prefix(cluster))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, Never
 
 from google.protobuf.message import Message
 
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TTL_S = 5
 _LEAVE_TIMEOUT_S = 2.0
+
+Companion = Callable[[Lease], Coroutine[Any, Any, Never]]
+"""Writes other keys under the lease, for as long as it lives. Raises `LeaseLostError` when it finds it gone."""
 
 
 @asynccontextmanager
@@ -52,6 +56,7 @@ class Registration:
         self._value: bytes | None = None
         self._ttl_s = ttl_s
         self._lease: Lease | None = None
+        self._companions: list[Companion] = []
         self._outdated = asyncio.Event()
         self._written = asyncio.Event()
 
@@ -60,6 +65,10 @@ class Registration:
         self._value = record.SerializeToString()
         self._written.clear()
         self._outdated.set()
+
+    def accompany(self, companion: Companion) -> None:
+        """Run it beside the record under every lease from the next one on, cancelled when the lease is lost."""
+        self._companions.append(companion)
 
     async def update(self, record: Message) -> None:
         """Replace the record, and wait until etcd holds it, however long etcd is away."""
@@ -105,6 +114,8 @@ class Registration:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._publish(lease))
+                for companion in self._companions:
+                    tasks.create_task(companion(lease))
                 # In the body, for an error that meets a task group at its end leaves its task marked as cancelled.
                 await self._client.keep_alive(lease)
         except BaseExceptionGroup as group:

@@ -17,6 +17,7 @@ from kvrelay.kv_transfer.borrowing import Borrower, PrefixSource
 from kvrelay.kv_transfer.collectives import Collectives
 from kvrelay.kv_transfer.disk_tier import DiskTier
 from kvrelay.kv_transfer.frame_decoder import FrameDecoder
+from kvrelay.kv_transfer.held_blocks import HeldBlocks
 from kvrelay.kv_transfer.lending import Lender
 from kvrelay.kv_transfer.link_coder import accepted
 from kvrelay.kv_transfer.peer import Peers
@@ -103,6 +104,11 @@ class WorkerHost:
             stored = look_up(self.store, names, restored)
             self.store.pin(stored.load)
         return hasher, stored
+
+    @property
+    def held_blocks(self) -> HeldBlocks:
+        """What a request would find here."""
+        return HeldBlocks(self.store, self.disk.index if self.disk else None)
 
     @property
     def num_requests(self) -> int:

@@ -71,6 +71,15 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.remove(worker_id, keys)
         self.model.held.get(worker_id, set()).difference_update(keys)
 
+    @rule(worker_id=FEW_WORKERS, keys=BLOCKS, removed=BLOCKS)
+    def replace(self, worker_id: str, keys: list[int], removed: list[int]) -> None:
+        self.index.add("builder", keys)
+        self.index.remove("builder", removed)
+        self.index.replace(worker_id, by="builder")
+        held = self.model.held[worker_id] = set(keys) - set(removed)
+        for key in held:
+            self.model.promised.get(worker_id, {}).pop(key, None)
+
     @rule(worker_id=FEW_WORKERS, keys=BLOCKS)
     def speculate(self, worker_id: str, keys: list[int]) -> None:
         self.index.speculate(worker_id, keys, self.now_s)
