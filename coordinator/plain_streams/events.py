@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import PromptTokenUsageInfo, UsageIn
 
 DONE = b"data: [DONE]\n\n"
 _ID, _TEXT, _FINISH, _STOP, _CREATED = "%id%", "%text%", "%finish%", "%stop%", 4999999999
+_Event = TypeVar("_Event", ChatCompletionStreamResponse, CompletionStreamResponse)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -27,7 +29,7 @@ class Usage:
 
     num_prompt_tokens: int
     num_tokens: int
-    num_cached_tokens: int | None
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Form:
     """Before any token; empty where the API has none."""
     next: bytes
     last: bytes
+    last_before_usage: bytes
+    """The same where an event with the counts follows."""
     usage: Callable[[str, int, Usage], BaseModel]
     """Of id, time and counts."""
     keeps_unset_usage: bool
@@ -64,7 +68,7 @@ class Events:
 
     def last(self, text: str, finish_reason: str, stop_reason: int | str | None, usage: Usage | None) -> bytes:
         """The rest of the answer and how it ended, with everything that follows."""
-        event = self._with_id(self._form.last)
+        event = self._with_id(self._form.last_before_usage if usage else self._form.last)
         # The text last: it may contain anything.
         for place, value in ((_FINISH, finish_reason), (_STOP, stop_reason), (_TEXT, text)):
             event = event.replace(_encode(place), _encode(value), 1)
@@ -102,12 +106,11 @@ def chat_form(model: str, system_fingerprint: str | None) -> Form:
     first = chunk(DeltaMessage(role="assistant", content=""), finish_reason=None)
     first.prompt_token_ids = first.prompt_text = None
     last = chunk(DeltaMessage(content=_TEXT), finish_reason=_FINISH, stop_reason=_STOP, token_ids=None)
-    if system_fingerprint is not None:
-        last.system_fingerprint = system_fingerprint
     return Form(
         first=_set(first),
         next=_set(chunk(DeltaMessage(content=_TEXT), finish_reason=None, token_ids=None)),
-        last=_set(last),
+        last=_set(_stamped(last, system_fingerprint)),
+        last_before_usage=_set(last),
         usage=usage,
         keeps_unset_usage=False,
     )
@@ -135,26 +138,31 @@ def completion_form(model: str, system_fingerprint: str | None) -> Form:
         )
 
     last = chunk(finish_reason=_FINISH, stop_reason=_STOP)
-    if system_fingerprint is not None:
-        last.system_fingerprint = system_fingerprint
     return Form(
         first=b"",
         next=_set(chunk(finish_reason=None, stop_reason=None)),
-        last=_set(last),
+        last=_set(_stamped(last, system_fingerprint)),
+        last_before_usage=_set(last),
         usage=usage,
         keeps_unset_usage=True,
     )
 
 
+def _stamped(event: _Event, system_fingerprint: str | None) -> _Event:
+    if system_fingerprint is None:
+        return event
+    stamped = event.model_copy()
+    stamped.system_fingerprint = system_fingerprint
+    return stamped
+
+
 def _usage_info(counts: Usage, **details: int) -> UsageInfo:
-    info = UsageInfo(
+    return UsageInfo(
         prompt_tokens=counts.num_prompt_tokens,
         completion_tokens=counts.num_tokens,
         total_tokens=counts.num_prompt_tokens + counts.num_tokens,
+        prompt_tokens_details=PromptTokenUsageInfo(cached_tokens=counts.num_cached_tokens, **details),
     )
-    if counts.num_cached_tokens is not None:
-        info.prompt_tokens_details = PromptTokenUsageInfo(cached_tokens=counts.num_cached_tokens, **details)
-    return info
 
 
 def _set(event: BaseModel) -> bytes:

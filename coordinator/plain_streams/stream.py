@@ -80,9 +80,10 @@ class PlainStream:
 
     def fail(self, error: Exception) -> None:
         """See `TokenReceiver.fail`."""
-        waiting = self.ended if self.began.done() else self.began
-        if not waiting.done():
-            waiting.set_exception(error)
+        if not self.began.done():
+            self.began.set_exception(error)
+        elif self.began.exception() is None and not self.ended.done():
+            self.ended.set_exception(error)
 
     def on_writable(self) -> None:
         """See `StreamListener`."""
@@ -112,5 +113,5 @@ class PlainStream:
         return Usage(
             num_prompt_tokens=self._num_prompt_tokens,
             num_tokens=self._detokenizer.num_output_tokens(),
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=self._num_cached_tokens or 0,
         )

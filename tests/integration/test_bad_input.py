@@ -412,7 +412,7 @@ async def test_an_unforeseen_failure_tells_its_request_id_only(
     def fail(*_: Any) -> None:
         raise KeyError("a secret of the implementation")
 
-    monkeypatch.setattr(served.cluster.engine, "_submit", fail)
+    monkeypatch.setattr(served.cluster.engine._dispatcher, "submit", fail)
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
     response = await served.post(CHAT, body, **{"x-request-id": "my-request"})
     message = check_error(response, 500)
