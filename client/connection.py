@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
-from kvrelay.errors import DeadlineError, KvrelayError, NoWorkersError, error_from_grpc
+from kvrelay.errors import RETRY_AFTER_METADATA, DeadlineError, KvrelayError, NoWorkersError, error_from_grpc
 from kvrelay.grpc_options import channel_options
 from kvrelay.tracing import current_context, headers_of
 
@@ -41,4 +43,13 @@ def client_error(error: grpc.RpcError, address: str, timeout_s: float | None) ->
         return UnreachableError(f"no coordinator answers at {address}: {details}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         return DeadlineError(f"not finished within {timeout_s} s")
-    return error_from_grpc(code, details)
+    return error_from_grpc(code, details, _retry_after_s(error))
+
+
+def _retry_after_s(error: grpc.RpcError) -> float | None:
+    """When the coordinator says that another attempt may succeed."""
+    metadata: Any = error.trailing_metadata()  # Blocking and asyncio calls have types of their own.
+    for key, value in metadata or ():
+        if key == RETRY_AFTER_METADATA and str(value).isdecimal():
+            return int(value) / 1e3
+    return None

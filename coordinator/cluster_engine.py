@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from kvrelay.coordinator.admission.capacity import WorkerCapacity
+from kvrelay.coordinator.admission.config import AdmissionConfig
+from kvrelay.coordinator.admitting import Admitting
 from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
@@ -27,6 +30,7 @@ from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
 from kvrelay.coordinator.prompt_limits import MAX_N
 from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
+from kvrelay.coordinator.request_terms import current_terms
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.timeline import RequestTimeline
@@ -46,6 +50,8 @@ class ClusterEngineConfig:
     max_completions_per_request: int = MAX_N
     max_timelines: int = 1024
     """Ended requests whose timeline can still be asked for."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """What may wait for workers, and in which order."""
 
 
 class ClusterEngine(EngineControls):
@@ -78,6 +84,9 @@ class ClusterEngine(EngineControls):
         self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_timelines)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, scheduler, dispatcher_config)
+        admission = self._config.admission
+        capacity = WorkerCapacity(pool.views, front_end.served_model_name, dispatch_ahead_s=admission.dispatch_ahead_s)
+        self._admitting = Admitting(self._dispatcher, self._sink.refuse, admission, capacity)
         self._workers_changed = asyncio.Event()
         self.intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
 
@@ -95,8 +104,13 @@ class ClusterEngine(EngineControls):
 
     @property
     def num_requests(self) -> int:
-        """Requests in flight."""
-        return self._dispatcher.num_requests
+        """Requests in flight, those that wait for workers included."""
+        return self._dispatcher.num_requests + self.num_queued
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for workers."""
+        return self._admitting.queue.num_requests
 
     def timeline(self, request_id: str) -> common_pb2.Timeline | None:
         """What happened to a request that has ended, by the id that `generate` was given."""
@@ -162,14 +176,14 @@ class ClusterEngine(EngineControls):
         """Generate the only completion of a request that was checked into a receiver.
 
         Returns what ends it: to be called in any case, also when the receiver has got everything. Raises
-        `KvrelayError`; then the receiver is not called.
+        `KvrelayError`; then the receiver is not called. One that waits for workers first may fail later.
         """
         timeline, trace = self._begin(request.external_id, trace_headers)
         try:
             self._admit(1)
             self._sink.receivers[request.request_id] = receiver
             try:
-                self._dispatcher.submit(request, timeline, trace)
+                self._admitting.submit(request, timeline, trace)
             except BaseException:
                 self._sink.receivers.pop(request.request_id)
                 raise
@@ -185,6 +199,7 @@ class ClusterEngine(EngineControls):
             if not self.is_ready:
                 raise NoWorkersError(f"no decode worker serves model {self.served_model_name!r} now; try again later")
             self._admit(n)
+            self._admitting.check(current_terms.get())
         except KvrelayError as error:
             self.metrics.refused(error)
             raise to_vllm_error(error) from error
@@ -259,7 +274,8 @@ class ClusterEngine(EngineControls):
         for index, child in enumerate(children):
             self._outputs.add_request(child, prompt_text, parent, index, queue)
         try:
-            self._dispatcher.submit(self.intake.flow_request(request, children), timeline, trace)
+            flow_request = self.intake.flow_request(request, children, current_terms.get())
+            self._admitting.submit(flow_request, timeline, trace)
         except BaseException:
             self._outputs.abort_requests([request_id], internal=True)
             raise
@@ -274,10 +290,10 @@ class ClusterEngine(EngineControls):
     def _close_stream(self, request_id: str, trace: RequestTrace) -> None:
         if self._sink.receivers.pop(request_id, None) is not None:
             trace.close("cancelled")
-            self._dispatcher.cancel([request_id])
+            self._admitting.cancel([request_id])
 
     def _abort(self, request_ids: list[str], *, internal: bool) -> None:
-        self._dispatcher.cancel(self._outputs.abort_requests(request_ids, internal))
+        self._admitting.cancel(self._outputs.abort_requests(request_ids, internal))
 
     def _text_of(self, prompt: Any) -> str | None:
         return extract_prompt_components(self.model_config, prompt).text

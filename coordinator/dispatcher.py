@@ -82,6 +82,8 @@ class Dispatcher:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_sequences=len(request.completions),
             max_tokens=request.completions[0].sampling.max_tokens,
+            ttft_s=request.terms.ttft_s,
+            itl_s=request.terms.itl_s,
         )
         began_s = time.perf_counter()
         with trace.span("schedule"):

@@ -20,6 +20,7 @@ from kvrelay.coordinator.http_routes import Call, Probes, Routes
 from kvrelay.coordinator.http_serving import ServingOptions, build_serving
 from kvrelay.coordinator.plain_streams.serving import PlainStreams, StreamEngine
 from kvrelay.coordinator.request_limits import RequestLimits
+from kvrelay.coordinator.request_terms import current_terms, terms_of_headers
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -89,6 +90,7 @@ class Gateway:
                     headers={"allow": method},
                 )
             if method == "POST":
+                current_terms.set(terms_of_headers(headers.raw))
                 body = await read_json(receive, headers, self._limits)
             call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
             connection = connection_of(scope)

@@ -35,7 +35,13 @@ class HttpError(Exception):
     """An answer that is no success. `message` is written for the client."""
 
     def __init__(
-        self, *, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+        self,
+        *,
+        status: int,
+        message: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = int(status)
@@ -43,6 +49,8 @@ class HttpError(Exception):
         self.param = param
         """The request's field that is wrong, where one is."""
         self.headers = headers or {}
+        self.retry_after_s = retry_after_s
+        """When a later attempt may succeed, where that can be told."""
 
     @property
     def is_retried(self) -> bool:
@@ -119,7 +127,9 @@ def _internal(request_id: str) -> HttpError:
 
 
 def _of_kvrelay(error: KvrelayError) -> HttpError:
-    return HttpError(status=status_of(error).http, message=error.message, param=error.field)
+    return HttpError(
+        status=status_of(error).http, message=error.message, param=error.field, retry_after_s=error.retry_after_s
+    )
 
 
 def _of_validation(exception: ValidationError) -> HttpError:

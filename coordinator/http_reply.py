@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -45,7 +46,8 @@ class Reply:
             return
         headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
         if error.is_retried:
-            headers.append((b"retry-after", b"%d" % self._retry_after_s))
+            retry_after_s = self._retry_after_s if error.retry_after_s is None else math.ceil(error.retry_after_s)
+            headers.append((b"retry-after", b"%d" % max(1, retry_after_s)))
         await self._begin(error.status, [*_JSON, (b"content-length", b"%d" % len(body)), *headers])
         await self._send({"type": "http.response.body", "body": body})
 

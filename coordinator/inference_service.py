@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import uuid
 from collections.abc import AsyncIterator
@@ -18,8 +19,15 @@ from kvrelay.coordinator.generate_responses import ResponseBuilder
 from kvrelay.coordinator.grpc_checks import check_detokenize, check_generate, check_tokenize
 from kvrelay.coordinator.prompt_rendering import ChatTemplate, render_chat, render_text, render_token_ids
 from kvrelay.coordinator.request_limits import RequestBounds, RequestLimits, bounds_now
+from kvrelay.coordinator.request_terms import current_terms, terms_of_request
 from kvrelay.coordinator.vllm_errors import from_vllm_error
-from kvrelay.errors import GenerationFailedError, InvalidRequestError, ModelNotFoundError, status_of
+from kvrelay.errors import (
+    RETRY_AFTER_METADATA,
+    GenerationFailedError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    status_of,
+)
 from kvrelay.tracing import current_context
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
@@ -52,6 +60,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     "request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id"
                 )
             check_generate(request, self._bounds())
+            current_terms.set(terms_of_request(request))
             prompt = await self._render(request)
             params = client_sampling(request.sampling, self._default_sampling)
             builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs)
@@ -138,7 +147,9 @@ async def _abort(context: _Context, error: Exception, request_id: str) -> NoRetu
     known = from_vllm_error(error)
     if isinstance(known, GenerationFailedError):
         _log.error("request failed", request_id=request_id, exc_info=error)
-    await context.abort(status_of(known).grpc, known.message)
+    after_s = known.retry_after_s
+    hint = () if after_s is None else ((RETRY_AFTER_METADATA, str(math.ceil(after_s * 1e3))),)
+    await context.abort(status_of(known).grpc, known.message, hint)
     raise AssertionError("abort raises") from error
 
 

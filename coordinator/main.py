@@ -128,7 +128,7 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
 
 
 def _exposition(config: CoordinatorConfig, engine: ClusterEngine, pool: WorkerPool, chores: Chores) -> Exposition:
-    sources = Sources(workers=pool.reports, is_leader=lambda: chores.is_leading)
+    sources = Sources(workers=pool.reports, is_leader=lambda: chores.is_leading, queue_depth=lambda: engine.num_queued)
     return Exposition([CoordinatorCollector(config.coordinator_id, engine.metrics, sources)])
 
 

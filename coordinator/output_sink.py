@@ -97,6 +97,11 @@ class EngineOutputSink:
             if state.queue is not None:
                 state.queue.put(to_vllm_error(error))
 
+    def refuse(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
+        """Like `fail`, for a request that no worker got."""
+        self._metrics.refused(error)
+        self.fail(completion_ids, error)
+
     def finished(self, flow: RequestFlow) -> None:
         self._metrics.finished(flow.request.request_id)
         self._timelines[flow.request.external_id] = flow.timeline.to_proto()

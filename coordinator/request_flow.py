@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.coordinator.handoff_params import decode_params, exact_on_prefill, prefill_params
+from kvrelay.coordinator.request_terms import STANDARD_TERMS, RequestTerms
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.timeline import RequestTimeline
@@ -39,6 +40,8 @@ class FlowRequest:
     max_model_len_tokens: int
     cache_salt: str = ""
     priority: int = 0
+    terms: RequestTerms = STANDARD_TERMS
+    """Its `ttft_s` counts from when the request is dispatched."""
 
 
 _BROKEN = (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR)

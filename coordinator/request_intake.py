@@ -12,6 +12,7 @@ from vllm.v1.engine import EngineCoreRequest
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.prompt_limits import check_prompt, check_request, clamp_max_tokens
 from kvrelay.coordinator.request_flow import Completion, FlowRequest
+from kvrelay.coordinator.request_terms import RequestTerms
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling import to_proto
 
@@ -54,7 +55,9 @@ class RequestIntake:
         self.check_prompt(prompt["prompt_token_ids"])
         return self._checked(self._input_processor.process_inputs(request_id, prompt, params, TASKS, priority=priority))
 
-    def flow_request(self, request: EngineCoreRequest, children: Sequence[EngineCoreRequest]) -> FlowRequest:
+    def flow_request(
+        self, request: EngineCoreRequest, children: Sequence[EngineCoreRequest], terms: RequestTerms
+    ) -> FlowRequest:
         """What the dispatcher gets of a request that has its id."""
         assert request.external_req_id is not None
         assert request.prompt_token_ids is not None
@@ -68,6 +71,7 @@ class RequestIntake:
             max_model_len_tokens=self._model_config.max_model_len,
             cache_salt=request.cache_salt or "",
             priority=request.priority,
+            terms=terms,
         )
 
     def _checked(self, request: EngineCoreRequest) -> EngineCoreRequest:

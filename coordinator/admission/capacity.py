@@ -44,7 +44,7 @@ class WorkerCapacity:
             if view.decodes:
                 any_decode = True
                 generates = generates or _takes_sequences(view)
-            if not computes and wait_s(view) < self._ahead_s:
+            if not computes and (not view.num_queued_prompt_tokens or wait_s(view) < self._ahead_s):
                 computes = view.prefills or not view.num_running_requests
                 busy_decode_computes = True
             if computes and generates:

@@ -54,10 +54,9 @@ class AdmissionQueue:
         Raises `OverloadedError` when too much waits, or when its first token is predicted later than it allows, with
         the seconds after which that would not be so if nothing else came.
         """
-        if not self.num_requests and self._capacity.has_room():
+        if self._passes():
             return Offer.ADMITTED
-        self._check_bounds(ticket, now_s)
-        self._check_target(ticket, now_s)
+        self._check(ticket, now_s)
         ticket.queued_at_s = now_s
         of_class = self._classes[ticket.request_class.name]
         if not of_class.tenants.num_requests:
@@ -68,6 +67,11 @@ class AdmissionQueue:
         self.num_requests += 1
         self.num_tokens += ticket.num_tokens
         return Offer.QUEUED
+
+    def check(self, ticket: Ticket, now_s: float) -> None:
+        """Raises what `offer` would, and lets nobody in."""
+        if not self._passes():
+            self._check(ticket, now_s)
 
     def next_ready(self, now_s: float) -> Ticket | None:
         """The request whose turn it is, if one waits and there is room; it does not wait any more then."""
@@ -118,6 +122,13 @@ class AdmissionQueue:
         """For how long the one has waited that has waited longest; 0 when none does."""
         tickets = (ticket for of_class in self._classes.values() for ticket in of_class.tenants)
         return max((now_s - ticket.queued_at_s for ticket in tickets if ticket.queued_at_s is not None), default=0.0)
+
+    def _passes(self) -> bool:
+        return not self.num_requests and self._capacity.has_room()
+
+    def _check(self, ticket: Ticket, now_s: float) -> None:
+        self._check_bounds(ticket, now_s)
+        self._check_target(ticket, now_s)
 
     def _tokens_before(self, ticket: Ticket) -> float:
         """As if tokens were a fluid that all classes get their shares of."""

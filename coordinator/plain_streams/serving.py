@@ -23,6 +23,7 @@ from kvrelay.coordinator.plain_streams.stream import PlainStream
 from kvrelay.coordinator.request_flow import Completion, FlowRequest
 from kvrelay.coordinator.request_intake import RequestIntake
 from kvrelay.coordinator.request_limits import RequestLimits, bounds_now
+from kvrelay.coordinator.request_terms import current_terms
 from kvrelay.coordinator.vllm_errors import from_vllm_error
 from kvrelay.errors import InvalidRequestError, ModelNotFoundError
 
@@ -115,6 +116,7 @@ class PlainStreams:
             max_model_len_tokens=max_model_len,
             cache_salt=fields.get("cache_salt", ""),
             priority=recipe.priority,
+            terms=current_terms.get(),
         )
 
     def _detokenizer(self, recipe: Recipe, request: FlowRequest) -> IncrementalDetokenizer:

@@ -7,6 +7,9 @@ from http import HTTPStatus
 
 import grpc
 
+RETRY_AFTER_METADATA = "retry-after-ms"
+"""Trailing metadata of a gRPC status: `KvrelayError.retry_after_s`, in milliseconds."""
+
 
 class KvrelayError(Exception):
     """Base of all errors that a client may see. The message is written for the client."""
@@ -89,7 +92,7 @@ def first_leaf(error: BaseException) -> BaseException:
     return error
 
 
-def error_from_grpc(code: grpc.StatusCode, details: str) -> KvrelayError:
+def error_from_grpc(code: grpc.StatusCode, details: str, retry_after_s: float | None = None) -> KvrelayError:
     """The exception behind a gRPC status; statuses outside the table become `GenerationFailedError`.
 
     A message over the size limit never reaches a service: gRPC itself refuses it, with the status of an overload.
@@ -98,7 +101,7 @@ def error_from_grpc(code: grpc.StatusCode, details: str) -> KvrelayError:
         return RequestTooLargeError(details)
     for kind, status in STATUSES.items():
         if status.grpc is code:
-            return kind(details)
+            return kind(details, retry_after_s=retry_after_s)
     return GenerationFailedError(f"{code.name}: {details}")
 
 

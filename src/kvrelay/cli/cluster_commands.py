@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvrelay.cli import options as opt
+from kvrelay.cli.admission_options import AdmissionOptions
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import FoundModel, find_model
 from kvrelay.cli.option_groups import ApiOptions, EngineOptions, ModelOptions, ObserveOptions, grouped
@@ -42,6 +43,12 @@ class CoordinatorOptions:
     policy: opt.PolicyOption = opt.Policy.COST
     local_prefill: opt.LocalPrefillOption = opt.LocalPrefill.WHEN_CHEAPER
     is_replica: Annotated[bool, typer.Option(_REPLICA_FLAG, hidden=True)] = False
+    advertise_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST", rich_help_panel=opt.NETWORK, help="Where others reach it. Default: the host it listens on."
+        ),
+    ] = None
     etcd_history_s: Annotated[
         float,
         typer.Option(
@@ -93,13 +100,8 @@ def coordinator(
     model: ModelOptions,
     front_end: FrontEndOptions,
     api: ApiOptions,
+    admission: AdmissionOptions,
     observe: ObserveOptions,
-    advertise_host: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST", rich_help_panel=opt.NETWORK, help="Where others reach it. Default: the host it listens on."
-        ),
-    ] = None,
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
 
@@ -124,6 +126,7 @@ def coordinator(
         logs.configure(level=observe.log_level.value, log_format=observe.log_format.value)
         if member.replicas > 1 and not member.is_replica:
             raise typer.Exit(_run_replicas(coordinator_id, member, api))
+        from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
         from kvrelay.coordinator.config import CoordinatorConfig
         from kvrelay.coordinator.main import run_coordinator
         from kvrelay.coordinator.scheduler.cost_config import CostConfig
@@ -135,12 +138,13 @@ def coordinator(
             http_listen=str(api.http),
             grpc_listen=str(api.grpc),
             shares_ports=member.is_replica,
-            advertise_host=advertise_host,
+            advertise_host=member.advertise_host,
             etcd_history_s=member.etcd_history_s or None,
             policy=member.policy.value,
             cost=CostConfig(local_prefill=member.local_prefill.value),
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
+            engine=ClusterEngineConfig(admission=admission.config()),
             otlp_endpoint=observe.otlp,
             log_format=observe.log_format.value,
             log_level=observe.log_level.value,

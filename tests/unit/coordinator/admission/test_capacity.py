@@ -38,6 +38,12 @@ def test_a_prefill_worker_has_so_much_work_ahead(num_tokens: int, room: bool) ->
     assert has_room(DECODE, queued(PREFILL, num_tokens)) is room
 
 
+def test_an_idle_worker_has_room_even_when_nothing_is_to_wait_there() -> None:
+    assert WorkerCapacity(lambda: [PREFILL, DECODE], "m", dispatch_ahead_s=0.0).has_room()
+    busy = queued(PREFILL, 1)
+    assert not WorkerCapacity(lambda: [busy, DECODE], "m", dispatch_ahead_s=0.0).has_room()
+
+
 def test_one_of_them_with_little_to_do_is_enough() -> None:
     assert has_room(queued(PREFILL, 9000), queued(PREFILL, 10), DECODE)
 
