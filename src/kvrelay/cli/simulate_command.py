@@ -22,19 +22,9 @@ from kvrelay.cli.load_options import (
     TargetsOption,
     TraceArgument,
 )
+from kvrelay.cli.options import CLUSTER, LocalPrefill, LocalPrefillOption, Policy, PolicyOption
 
-CLUSTER, WORKER = "The cluster", "Each worker"
-
-
-class Policy(StrEnum):
-    """How coordinators choose workers."""
-
-    COST = "cost"
-    LEAST_LOADED = "least-loaded"
-    ROUND_ROBIN = "round-robin"
-    WEIGHTED = "weighted"
-    RANDOM = "random"
-    PREFIX_ONLY = "prefix-only"
+WORKER = "Each worker"
 
 
 class HardwareName(StrEnum):
@@ -44,22 +34,9 @@ class HardwareName(StrEnum):
     A100 = "a100"
 
 
-class LocalPrefill(StrEnum):
-    """As in `CostConfig`."""
-
-    WHEN_CHEAPER = "when-cheaper"
-    NEVER = "never"
-    ALWAYS = "always"
-
-
 PrefillOption = Annotated[int, typer.Option("--prefill", min=0, rich_help_panel=CLUSTER, help="Prefill workers.")]
 DecodeOption = Annotated[int, typer.Option("--decode", min=0, rich_help_panel=CLUSTER, help="Decode workers.")]
 BothOption = Annotated[int, typer.Option("--both", min=0, rich_help_panel=CLUSTER, help="Workers with both roles.")]
-PolicyOption = Annotated[Policy, typer.Option("--policy", rich_help_panel=CLUSTER, help="How workers are chosen.")]
-LocalPrefillOption = Annotated[
-    LocalPrefill,
-    typer.Option("--local-prefill", rich_help_panel=CLUSTER, help="Of --policy cost: whether decode workers prefill."),
-]
 CoordinatorsOption = Annotated[
     int,
     typer.Option("--coordinators", min=1, rich_help_panel=CLUSTER, help="Requests go to them in turn."),
