@@ -24,6 +24,6 @@ class Scheduler(ABC):
         """Choose among `workers`, which may serve other models, drain or have other KV layouts.
 
         The caller accounts for the request in the views afterwards. Raises `NoWorkersError`, `InvalidRequestError`
-        when the prompt is too long for every worker, and `OverloadedError` when no plan meets the request's targets or
-        there is no room, with the seconds after which another attempt makes sense (`retry_after_s`).
+        when the prompt is too long for every worker, and, where the policy looks at targets, `OverloadedError` when no
+        plan meets the request's `ttft_s`, with the seconds after which another attempt makes sense (`retry_after_s`).
         """
