@@ -11,7 +11,8 @@ from kvrelay.client.results import Chunk, FinishReason, Timeline, TokenLogprob, 
 from kvrelay.errors import InvalidRequestError
 from kvrelay.v1 import common_pb2, inference_pb2
 
-_REQUEST_FIELDS = ("model", "request_id", "cache_salt", "priority", "include_timeline")
+_REQUEST_FIELDS = ("model", "request_id", "cache_salt", "priority", "include_timeline", "request_class", "tenant")
+_TARGETS = ("ttft_s", "itl_s")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "choice", "grammar")
 _FINISH_REASONS: dict[int, FinishReason] = {
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -35,6 +36,8 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
             continue
         if name in _REQUEST_FIELDS:
             _set(request, name, value)
+        elif name in _TARGETS:
+            _set(request.targets, name, value)
         elif name in _CONSTRAINTS:
             _constrain(request.sampling, name, value)
         elif name in common_pb2.SamplingParams.DESCRIPTOR.fields_by_name:

@@ -67,7 +67,15 @@ class GenerateOptions(SamplingOptions, total=False):
     cache_salt: str
     """Cached KV blocks are shared only among requests of the same salt."""
     priority: int
-    """Lower is served earlier; 0 when left out."""
+    """Lower is served earlier among the requests of a tenant and class; 0 when left out."""
+    request_class: str
+    """`interactive`, `standard` or `batch`; `standard` when left out. It brings targets where the next two do not."""
+    ttft_s: float
+    """Most seconds to the first token. What cannot be in time is refused at once: `OverloadedError.retry_after_s`."""
+    itl_s: float
+    """Most seconds between two tokens."""
+    tenant: str
+    """Whom the request counts for: tenants share the cluster evenly by tokens."""
     include_timeline: bool
     timeout_s: float
     """The whole call ends with `DeadlineError` after this long."""

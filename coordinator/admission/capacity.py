@@ -9,6 +9,8 @@ from kvrelay.coordinator.scheduler.estimates import wait_s
 from kvrelay.coordinator.scheduler.view import WorkerView
 
 _LEAST_TOKEN_S = 1e-6
+_SEQUENCES_AHEAD = 1.25
+"""Of those that a worker computes at a time: some of what it is given is still prefilled elsewhere, or about to end."""
 
 
 class Capacity(Protocol):
@@ -25,7 +27,7 @@ class WorkerCapacity:
     """Of the workers that a coordinator sees.
 
     There is room while one that computes prompts is done with those it has within `dispatch_ahead_s`, and one that
-    generates can take another sequence at once. So requests wait here, where their order can still change, and a little
+    generates can take another sequence soon. So requests wait here, where their order can still change, and a little
     of the work waits at the workers, so that none of them is idle while a request is on its way. Decode workers compute
     prompts where there is no prefill worker, and when they have nothing else to do.
     """
@@ -59,6 +61,6 @@ class WorkerCapacity:
 
 
 def _takes_sequences(view: WorkerView) -> bool:
-    if view.max_running_requests and view.num_running_requests >= view.max_running_requests:
+    if view.max_running_requests and view.num_running_requests >= view.max_running_requests * _SEQUENCES_AHEAD:
         return False
     return not view.capacity_tokens or view.num_context_tokens < view.capacity_tokens

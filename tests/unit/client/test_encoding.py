@@ -42,6 +42,15 @@ def test_options_go_where_they_belong_and_absent_ones_stay_absent() -> None:
     assert encode("hi", seed=None) == encode("hi")
 
 
+def test_class_tenant_and_targets() -> None:
+    request = encode("hi", request_class="batch", tenant="t", ttft_s=2.0)
+    assert (request.request_class, request.tenant) == ("batch", "t")
+    assert request.targets == inference_pb2.Targets(ttft_s=2.0)
+    assert not encode("hi").HasField("targets")
+    with pytest.raises(InvalidRequestError, match=r"^itl_s"):
+        encode("hi", itl_s="fast")
+
+
 def test_an_output_constraint() -> None:
     schema = {"type": "object"}
     assert json.loads(encode("a", json_schema=schema).sampling.structured_output.json_schema) == schema
