@@ -1,10 +1,10 @@
 """How many requests a second does a coordinator carry, and how much later does their first token come?
 
 Everything on this machine: etcd, 16 prefill and 16 decode workers that answer by the clock (`bench.timed_workers`),
-coordinators as `kvrelay coordinator --replicas N` starts them, and the load generator `wrk`, which keeps a fixed number of
-requests in flight. Every request is streamed over both its workers. Beside that load a second client sends a few requests
-a second and measures their time to first token; what is above the time that the prefill worker took counts as added.
-Before the load, the same is measured with one request at a time.
+coordinators as `kvrelay coordinator --replicas N` starts them, and the load generator `wrk`, which keeps a fixed number
+of requests in flight. Every request is streamed over both its workers. Beside that load a second client sends a few
+requests a second and measures their time to first token; what is above the time that the prefill worker took counts as
+added. Before the load, the same is measured with one request at a time.
 
 Needs `wrk` (Debian: apt install wrk).
 """

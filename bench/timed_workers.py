@@ -1,10 +1,10 @@
-"""Workers that cost next to nothing: the worker's own gRPC service and sessions, and tokens by the clock instead of an engine.
+"""Workers that cost next to nothing: the worker's own gRPC service, and tokens by the clock instead of an engine.
 
     python -m bench.timed_workers --etcd 127.0.0.1:2379 --model m --prefill 16 --decode 16
 
 All of them live in this process, each at a port of its own and registered in etcd. A prompt takes a fixed time whatever
-its length; decode workers step on a fixed beat, with one token for every sequence. No KV moves. Writes `ready` to standard
-output, and ends with its standard input.
+its length; decode workers step on a fixed beat, with one token for every sequence. No KV moves. Writes `ready` to
+standard output, and ends with its standard input.
 """
 
 from __future__ import annotations

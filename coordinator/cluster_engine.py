@@ -38,7 +38,7 @@ from kvrelay.coordinator.vllm_errors import from_vllm_error, to_vllm_error
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import InvalidRequestError, KvrelayError, NoWorkersError, OverloadedError
 from kvrelay.tracing import Tracing, context_from_headers, current_context
-from kvrelay.v1 import common_pb2, worker_pb2
+from kvrelay.v1 import common_pb2, inference_pb2, worker_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class ClusterEngineConfig:
     max_requests: int = 4096
     """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""
     max_completions_per_request: int = MAX_N
-    max_timelines: int = 1024
-    """Ended requests whose timeline can still be asked for."""
+    max_kept_requests: int = 4096
+    """The latest ones, whose decision and timeline can still be asked for."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     """What may wait for workers, and in which order."""
 
@@ -81,7 +81,7 @@ class ClusterEngine(EngineControls):
         self._config = config or ClusterEngineConfig()
         self._outputs = front_end.output_processor
         self.metrics = RequestMetrics()
-        self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_timelines)
+        self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_kept_requests)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, scheduler, dispatcher_config)
         admission = self._config.admission
@@ -115,6 +115,10 @@ class ClusterEngine(EngineControls):
     def timeline(self, request_id: str) -> common_pb2.Timeline | None:
         """What happened to a request that has ended, by the id that `generate` was given."""
         return self._sink.timeline(request_id)
+
+    def decision(self, request_id: str) -> inference_pb2.Decision | None:
+        """Why a request of late went where it went, by its id or that of its answer."""
+        return self._sink.decisions.find(request_id)
 
     async def generate(
         self,

@@ -12,6 +12,7 @@ import structlog
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
+from kvrelay.coordinator.scheduler.decision import Decision
 from kvrelay.coordinator.scheduler.view import RequestShape
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.worker_pool import WorkerPool
@@ -36,7 +37,7 @@ _FAILURES: dict[int, type[KvrelayError]] = {
 class OutputSink(Protocol):
     """Where tokens go. Called in the event loop; must not block."""
 
-    def started(self, flow: RequestFlow, policy: str, schedule_s: float) -> None:
+    def started(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
         """A request is on its way, after the scheduler has thought for so long."""
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
@@ -87,9 +88,10 @@ class Dispatcher:
         )
         began_s = time.perf_counter()
         with trace.span("schedule"):
-            chosen = self._scheduler.plan(shape, self._pool.views()).plan
+            decision = self._scheduler.plan(shape, self._pool.views())
         schedule_s = time.perf_counter() - began_s
         timeline.mark("schedule.done")
+        chosen = decision.plan
         flow = RequestFlow(request, chosen, timeline, trace, self._config.kv_wait_ms)
         for request_id in _ids(flow):
             self._flows[request_id] = flow
@@ -101,7 +103,7 @@ class Dispatcher:
                 self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
             raise
-        self._sink.started(flow, self._scheduler.name, schedule_s)
+        self._sink.started(flow, decision, schedule_s)
 
     def cancel(self, completion_ids: Sequence[str]) -> None:
         """The client needs no more tokens of these; what is unknown or over is ignored."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Coroutine
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from google.protobuf.json_format import MessageToJson
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
@@ -21,9 +23,15 @@ from kvrelay.coordinator.http_serving import ServingOptions, build_serving
 from kvrelay.coordinator.plain_streams.serving import PlainStreams, StreamEngine
 from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.coordinator.request_terms import current_terms, terms_of_headers
+from kvrelay.v1 import inference_pb2
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
+_EXPLAIN = "x-kvrelay-explain"
+"""A header of requests: 1 asks for the next one in the answer."""
+_DECISION = b"x-kvrelay-decision"
+
+FindDecision = Callable[[str], inference_pb2.Decision | None]
 Handler = Callable[[Call], Coroutine[Any, Any, None]]
 
 
@@ -45,15 +53,18 @@ def build_app(
     limits = limits or RequestLimits()
     serving = build_serving(engine, served_model_name, options or ServingOptions())
     plain = PlainStreams(streams, serving, limits) if streams is not None else None
-    return Gateway(Routes(serving, limits, probes), limits, plain)
+    return Gateway(Routes(serving, limits, probes), limits, plain, probes.decision)
 
 
 class Gateway:
     """Finds the route of a request, and turns every failure into OpenAI's error object."""
 
-    def __init__(self, routes: Routes, limits: RequestLimits, plain: PlainStreams | None) -> None:
+    def __init__(
+        self, routes: Routes, limits: RequestLimits, plain: PlainStreams | None, decision: FindDecision
+    ) -> None:
         self._limits = limits
         self._plain = plain
+        self._decision = decision
         self._models = routes.model
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/chat/completions": ("POST", routes.chat),
@@ -79,7 +90,8 @@ class Gateway:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        reply = Reply(send, request_id, retry_after_s=self._limits.retry_after_s)
+        more_headers = partial(self._explained, request_id) if headers.get(_EXPLAIN) == "1" else list
+        reply = Reply(send, request_id, retry_after_s=self._limits.retry_after_s, more_headers=more_headers)
         body = None
         try:
             method, handler = self._find(scope["path"])
@@ -106,6 +118,13 @@ class Gateway:
         """Whether it was a plain request, and is answered."""
         plain = self._plain
         return plain is not None and plain.takes(call) and await plain.answer(call, connection)
+
+    def _explained(self, request_id: str) -> list[tuple[bytes, bytes]]:
+        """Why the request went where it went, if it has gone anywhere."""
+        decision = self._decision(request_id)
+        if decision is None:
+            return []
+        return [(_DECISION, MessageToJson(decision, indent=None, preserving_proto_field_name=True).encode())]
 
     def _find(self, path: str) -> tuple[str, Handler]:
         if path.startswith("/v1/models/"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -21,9 +21,18 @@ _DONE = b"data: [DONE]\n\n"
 class Reply:
     """The one answer to a request. `has_begun` tells whether its status has left."""
 
-    def __init__(self, send: Send, request_id: str, *, retry_after_s: int) -> None:
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        *,
+        retry_after_s: int,
+        more_headers: Callable[[], list[tuple[bytes, bytes]]] = list,
+    ) -> None:
+        """`more_headers` are asked for when the status leaves."""
         self._send = send
         self._request_id = request_id
+        self._more_headers = more_headers
         self._retry_after_s = retry_after_s
         self.has_begun = False
 
@@ -76,7 +85,8 @@ class Reply:
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.has_begun = True
         request_id = (b"x-request-id", self._request_id.encode())
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, request_id]})
+        all_headers = [*headers, request_id, *self._more_headers()]
+        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -26,7 +26,7 @@ from kvrelay.coordinator.metrics.exposition import Exposition
 from kvrelay.coordinator.request_limits import RequestLimits, bounds_now
 from kvrelay.errors import InvalidRequestError, ModelNotFoundError
 from kvrelay.etcd import EtcdError
-from kvrelay.v1 import cluster_pb2
+from kvrelay.v1 import cluster_pb2, inference_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class Probes:
     ready: Callable[[], bool]
     """Whether it can serve now."""
     metrics: Exposition = field(default_factory=Exposition)
+    decision: Callable[[str], inference_pb2.Decision | None] = lambda _: None
+    """Why a request went where it went, by its id."""
     coordinators: Callable[[], Awaitable[Sequence[cluster_pb2.CoordinatorInfo]]] | None = None
     """All of the cluster. Raises `EtcdError`. None where there is no cluster."""
 

@@ -121,6 +121,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort(context, error, "detokenize")
         return inference_pb2.DetokenizeResponse(text=text)
 
+    async def Explain(self, request: inference_pb2.ExplainRequest, context: _Context) -> inference_pb2.Decision:
+        if decision := self._engine.decision(request.request_id):
+            return decision
+        shown = request.request_id[:128]
+        await context.abort(
+            grpc.StatusCode.NOT_FOUND,
+            f"this coordinator has planned no request {shown!r} of late; ids are those of answers or of X-Request-Id",
+        )
+        raise AssertionError("abort raises")
+
     async def _render(self, request: inference_pb2.GenerateRequest) -> EngineInput:
         renderer, salt = self._engine.renderer, request.cache_salt
         match request.WhichOneof("prompt"):

@@ -93,6 +93,7 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             probes = Probes(
                 ready=lambda: engine.is_ready and not stopping.has_begun,
                 metrics=_exposition(config, engine, pool, chores),
+                decision=engine.decision,
                 coordinators=partial(list_coordinators, etcd, config.cluster),
             )
             app = build_app(

@@ -10,8 +10,10 @@ import structlog
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from kvrelay.coordinator.decision_log import DecisionLog
 from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.request_flow import RequestFlow
+from kvrelay.coordinator.scheduler.decision import Decision
 from kvrelay.coordinator.token_outputs import to_engine_output
 from kvrelay.coordinator.vllm_errors import to_vllm_error
 from kvrelay.errors import GenerationFailedError, KvrelayError
@@ -33,16 +35,21 @@ class TokenReceiver(Protocol):
 class EngineOutputSink:
     """Implements the dispatcher's `OutputSink`; keeps the timelines of the latest requests."""
 
-    def __init__(self, output_processor: OutputProcessor, metrics: RequestMetrics, max_timelines: int) -> None:
+    def __init__(self, output_processor: OutputProcessor, metrics: RequestMetrics, max_kept: int) -> None:
+        """Timelines and decisions of `max_kept` requests can still be asked for."""
         self._output_processor = output_processor
         self._metrics = metrics
-        self._max_timelines = max_timelines
+        self._max_timelines = max_kept
+        self.decisions = DecisionLog(max_kept)
         self._timelines: OrderedDict[str, common_pb2.Timeline] = OrderedDict()
         self.receivers: dict[str, TokenReceiver] = {}
         """By completion; the output processor has the others. One that has got its last token is taken out."""
 
-    def started(self, flow: RequestFlow, policy: str, schedule_s: float) -> None:
-        self._metrics.decided(policy, "local" if flow.plan.prefill is None else "split", schedule_s)
+    def started(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
+        self._metrics.decided(decision.policy, "local" if flow.plan.prefill is None else "split", schedule_s)
+        self.decisions.add(
+            flow.request.external_id, decision, flow.timeline.between_s("admission.queued", "schedule.done")
+        )
         self._metrics.started(
             flow.request.request_id,
             [completion.request_id for completion in flow.request.completions],

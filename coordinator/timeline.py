@@ -25,6 +25,11 @@ class RequestTimeline:
     def mark(self, name: str) -> None:
         self._events.append((self._clock_ns(), name))
 
+    def between_s(self, first: str, then: str) -> float:
+        """From one event to a later one; 0 unless there are both."""
+        times = {name: unix_ns for unix_ns, name in self._events}
+        return (times[then] - times[first]) / 1e9 if first in times and then in times else 0.0
+
     def merge(self, timeline: common_pb2.Timeline) -> None:
         """Take a worker's events and counters; a counter that is known grows."""
         self._events.extend((event.unix_ns, event.name) for event in timeline.events)

@@ -71,7 +71,11 @@ async def gateway(
             cluster.engine,
             streams=cluster.engine if with_plain_streams else None,
             served_model_name=front_end.served_model_name,
-            probes=Probes(ready=ready or (lambda: cluster.engine.is_ready), metrics=exposition(cluster)),
+            probes=Probes(
+                ready=ready or (lambda: cluster.engine.is_ready),
+                metrics=exposition(cluster),
+                decision=cluster.engine.decision,
+            ),
             limits=limits,
             options=options,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvrelay import __version__
-from kvrelay.cli import clients, cluster_commands, compare_command, replay_command, simulate_command
+from kvrelay.cli import clients, cluster_commands, compare_command, explain_command, replay_command, simulate_command
 from kvrelay.cli.engine_command import EngineCommand
 from kvrelay.cli.failure import EXIT_CODES
 from kvrelay.cli.role_commands import role_app
@@ -42,6 +42,7 @@ app.command("decode-worker", cls=EngineCommand, help=DECODE_HELP, rich_help_pane
 app.command(rich_help_panel=USE)(clients.chat)
 app.command(rich_help_panel=USE)(clients.generate)
 app.command(rich_help_panel=USE)(clients.workers)
+app.command(rich_help_panel=USE)(explain_command.explain)
 app.add_typer(role_app, rich_help_panel=USE)
 app.command(rich_help_panel=USE)(replay_command.replay)
 app.command(rich_help_panel=USE)(compare_command.compare)
