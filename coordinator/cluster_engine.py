@@ -27,6 +27,7 @@ from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
+from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prompt_limits import MAX_N
 from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
@@ -67,9 +68,11 @@ class ClusterEngine(EngineControls):
         pool: WorkerPool,
         *,
         scheduler: Scheduler,
+        index: PrefixIndex | None = None,
         tracing: Tracing | None = None,
         config: ClusterEngineConfig | None = None,
     ) -> None:
+        """`index` says which worker has what of a prompt; without one only this engine's own requests tell that."""
         self.vllm_config = front_end.vllm_config
         self.model_config = front_end.model_config
         self.renderer = front_end.renderer
@@ -83,7 +86,7 @@ class ClusterEngine(EngineControls):
         self.metrics = RequestMetrics()
         self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_kept_requests)
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
-        self._dispatcher = Dispatcher(pool, self._sink, scheduler, dispatcher_config)
+        self._dispatcher = Dispatcher(pool, self._sink, scheduler, index or PrefixIndex(), dispatcher_config)
         admission = self._config.admission
         capacity = WorkerCapacity(pool.views, front_end.served_model_name, dispatch_ahead_s=admission.dispatch_ahead_s)
         self._admitting = Admitting(self._dispatcher, self._sink.refuse, admission, capacity)

@@ -9,11 +9,13 @@ from typing import Protocol
 
 import structlog
 
+from kvrelay.coordinator.prefix_index.index import PrefixIndex
+from kvrelay.coordinator.prefix_index.prompt import IndexedPrompt
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.decision import Decision
-from kvrelay.coordinator.scheduler.view import RequestShape
+from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
 from kvrelay.coordinator.timeline import RequestTimeline
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import (
@@ -60,9 +62,12 @@ class DispatcherConfig:
 class Dispatcher:
     """Owns the requests in flight. Nothing here waits, so nothing here is cancelled half way."""
 
-    def __init__(self, pool: WorkerPool, sink: OutputSink, scheduler: Scheduler, config: DispatcherConfig) -> None:
+    def __init__(
+        self, pool: WorkerPool, sink: OutputSink, scheduler: Scheduler, index: PrefixIndex, config: DispatcherConfig
+    ) -> None:
         self._pool = pool
         self._scheduler = scheduler
+        self._index = index
         self._sink = sink
         self._config = config
         self._flows: dict[str, RequestFlow] = {}
@@ -78,17 +83,11 @@ class Dispatcher:
         Raises `NoWorkersError`, `OverloadedError`, `WorkerLostError` or `InvalidRequestError`; then
         nothing of it is left.
         """
-        shape = RequestShape(
-            model=self._config.model,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_sequences=len(request.completions),
-            max_tokens=request.completions[0].sampling.max_tokens,
-            ttft_s=request.terms.ttft_s,
-            itl_s=request.terms.itl_s,
-        )
         began_s = time.perf_counter()
         with trace.span("schedule"):
-            decision = self._scheduler.plan(shape, self._pool.views())
+            views = self._pool.views()
+            prompt = self._indexed(request, views)
+            decision = self._scheduler.plan(self._shape(request, prompt), views)
         schedule_s = time.perf_counter() - began_s
         timeline.mark("schedule.done")
         chosen = decision.plan
@@ -97,8 +96,10 @@ class Dispatcher:
             self._flows[request_id] = flow
         try:
             self._pool.reserve_sequences(chosen.decode.worker_id, request.request_id, len(request.completions))
-            self._start(flow)
+            prompt.promise(chosen.decode)
+            self._start(flow, prompt)
         except KvrelayError:
+            prompt.retract(chosen.decode)
             for request_id in _ids(flow):  # Some of its messages may be queued already.
                 self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
@@ -156,7 +157,23 @@ class Dispatcher:
             elif self._is_pushing_from(flow, worker_id):
                 self._push_lost(flow)
 
-    def _start(self, flow: RequestFlow) -> None:
+    def _indexed(self, request: FlowRequest, views: Sequence[WorkerView]) -> IndexedPrompt:
+        serving = [view for view in views if view.model == self._config.model]
+        now_s = time.monotonic()
+        return IndexedPrompt(self._index, request.cache_salt, request.prompt_token_ids, serving, now_s)
+
+    def _shape(self, request: FlowRequest, prompt: IndexedPrompt) -> RequestShape:
+        return RequestShape(
+            model=self._config.model,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_sequences=len(request.completions),
+            max_tokens=request.completions[0].sampling.max_tokens,
+            num_stored_blocks=prompt.num_stored_blocks(),
+            ttft_s=request.terms.ttft_s,
+            itl_s=request.terms.itl_s,
+        )
+
+    def _start(self, flow: RequestFlow, prompt: IndexedPrompt) -> None:
         prefill = flow.start()
         if prefill is None or flow.plan.prefill is None:
             request = flow.request
@@ -165,6 +182,7 @@ class Dispatcher:
             return
         try:
             self._pool.assign_prefill(flow.plan.prefill.worker_id, prefill)
+            prompt.promise(flow.plan.prefill)
         except (WorkerLostError, OverloadedError) as error:
             _log.warning("prefill not sent", request_id=prefill.request_id, reason=error.message)
             flow.on_prefill_lost()

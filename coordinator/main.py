@@ -30,7 +30,10 @@ from kvrelay.coordinator.http_server import HttpServer, http_server, split_addre
 from kvrelay.coordinator.inference_service import InferenceService
 from kvrelay.coordinator.metrics.collector import CoordinatorCollector
 from kvrelay.coordinator.metrics.exposition import Exposition
+from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.metrics.sources import Sources
+from kvrelay.coordinator.prefix_index.follow import PrefixReplica
+from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prompt_rendering import ChatTemplate
 from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
@@ -83,16 +86,23 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
     """A registered coordinator; yields its record once its ports are open."""
     pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
     chores = Chores(config.cluster, config.coordinator_id, etcd_history_s=config.etcd_history_s)
+    replica = PrefixReplica(PrefixIndex())
     stopping = _Stopping(config.drain_s)
-    with _cluster_engine(config, pool, tracing) as engine:
+    with _cluster_engine(config, pool, replica.index, tracing) as engine:
         async with (
             pool.running(engine),
             connect(EtcdConfig(endpoints=config.etcd)) as etcd,
             asyncio.TaskGroup() as tasks,
         ):
+            sources = Sources(
+                workers=pool.reports,
+                is_leader=lambda: chores.is_leading,
+                queue_depth=lambda: engine.num_queued,
+                index=replica.figures,
+            )
             probes = Probes(
                 ready=lambda: engine.is_ready and not stopping.has_begun,
-                metrics=_exposition(config, engine, pool, chores),
+                metrics=_exposition(config, engine.metrics, sources),
                 decision=engine.decision,
                 coordinators=partial(list_coordinators, etcd, config.cluster),
             )
@@ -104,7 +114,10 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                 limits=config.limits,
                 options=config.serving,
             )
-            following = tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers")
+            loops = [
+                tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers"),
+                tasks.create_task(replica.follow(etcd, config.cluster), name="follow prefixes"),
+            ]
             standing = tasks.create_task(chores.run(etcd), name="chores of the cluster")
             try:
                 async with (
@@ -124,13 +137,12 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                     finally:
                         http.begin_drain(stopping.left_s())
             finally:
-                following.cancel()
-                standing.cancel()
+                for loop in (*loops, standing):
+                    loop.cancel()
 
 
-def _exposition(config: CoordinatorConfig, engine: ClusterEngine, pool: WorkerPool, chores: Chores) -> Exposition:
-    sources = Sources(workers=pool.reports, is_leader=lambda: chores.is_leading, queue_depth=lambda: engine.num_queued)
-    return Exposition([CoordinatorCollector(config.coordinator_id, engine.metrics, sources)])
+def _exposition(config: CoordinatorConfig, requests: RequestMetrics, sources: Sources) -> Exposition:
+    return Exposition([CoordinatorCollector(config.coordinator_id, requests, sources)])
 
 
 class _Stopping:
@@ -153,7 +165,9 @@ class _Stopping:
 
 
 @contextlib.contextmanager
-def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracing) -> Iterator[ClusterEngine]:
+def _cluster_engine(
+    config: CoordinatorConfig, pool: WorkerPool, index: PrefixIndex, tracing: Tracing
+) -> Iterator[ClusterEngine]:
     """vLLM's front end takes seconds to build and makes many objects that live for ever."""
     started = time.monotonic()
     front_end = build_front_end(config.front_end)
@@ -161,7 +175,7 @@ def _cluster_engine(config: CoordinatorConfig, pool: WorkerPool, tracing: Tracin
     gc.collect()
     gc.freeze()
     scheduler = make_scheduler(config.policy, crc32(config.coordinator_id.encode()), config.cost)
-    engine = ClusterEngine(front_end, pool, scheduler=scheduler, tracing=tracing, config=config.engine)
+    engine = ClusterEngine(front_end, pool, scheduler=scheduler, index=index, tracing=tracing, config=config.engine)
     try:
         yield engine
     finally:

@@ -101,6 +101,7 @@ class RequestFlow:
             decode_address=self.plan.decode.address,
             decode_worker_id=self.plan.decode.worker_id,
             trace=context,
+            prefix_address=self.plan.source.address if self.plan.source else "",
         )
 
     def on_prefill_delta(self, delta: worker_pb2.TokenDelta) -> worker_pb2.TokenDelta | None:
@@ -150,6 +151,7 @@ class RequestFlow:
         prefilled = self._num_cached_tokens is not None
         prompt = [*self.request.prompt_token_ids, *self._first_token]
         sampled = len(self._first_token)
+        source = self.plan.source if self.plan.prefill is None else None
         return [
             worker_pb2.Decode(
                 request_id=completion.request_id,
@@ -160,6 +162,7 @@ class RequestFlow:
                 kv_wait_ms=self._kv_wait_ms,
                 trace=context,
                 prefill_request_id="" if completion.request_id == self.request.request_id else self.request.request_id,
+                prefix_address=source.address if source else "",
             )
             for completion in self.request.completions
             if completion.request_id in self.open_ids

@@ -11,6 +11,8 @@ import grpc.aio
 
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.front_end import FrontEnd
+from kvrelay.coordinator.prefix_index.index import PrefixIndex
+from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.decode_worker.runner import DecodeRole
@@ -109,6 +111,7 @@ async def simulated_cluster(
     config: SimulatedConfig | None = None,
     tracing: Tracing | None = None,
     transport: KvTransport = KvTransport.AUTO,
+    policy: str = "least-loaded",
 ) -> AsyncIterator[SimulatedCluster]:
     config = config or SimulatedConfig(time_scale=0.05)
     tracing = tracing or Tracing()
@@ -119,13 +122,28 @@ async def simulated_cluster(
             )
             for index, role in enumerate(roles)
         ]
-        pool = WorkerPool("coordinator-1")
-        engine = ClusterEngine(front_end, pool, scheduler=make_scheduler("least-loaded"), tracing=tracing)
-        await stack.enter_async_context(pool.running(engine))
+        coordinator = simulated_coordinator(front_end, workers, make_scheduler(policy), tracing=tracing)
+        engine, pool = await stack.enter_async_context(coordinator)
+        yield SimulatedCluster(engine, pool, workers)
+
+
+@contextlib.asynccontextmanager
+async def simulated_coordinator(
+    front_end: FrontEnd,
+    workers: Sequence[SimulatedWorker],
+    scheduler: Scheduler,
+    *,
+    index: PrefixIndex | None = None,
+    tracing: Tracing | None = None,
+) -> AsyncIterator[tuple[ClusterEngine, WorkerPool]]:
+    """One more over the same workers, connected to all of them."""
+    pool = WorkerPool("coordinator-1")
+    engine = ClusterEngine(front_end, pool, scheduler=scheduler, index=index, tracing=tracing)
+    async with pool.running(engine):
         for worker in workers:
             pool.join(worker.info)
         await until(lambda: len(pool.workers()) == len(workers))
-        yield SimulatedCluster(engine, pool, workers)
+        yield engine, pool
 
 
 def _is_idle(worker: SimulatedWorker) -> bool:

@@ -27,7 +27,12 @@ def worker(worker_id: str, role: cluster_pb2.Role) -> WorkerView:
 
 
 def flow_of(
-    *, num_completions: int = 1, with_prefill: bool = True, prompt: tuple[int, ...] = (1, 2, 3, 4), **sampling: Any
+    *,
+    num_completions: int = 1,
+    with_prefill: bool = True,
+    prompt: tuple[int, ...] = (1, 2, 3, 4),
+    source: WorkerView | None = None,
+    **sampling: Any,
 ) -> RequestFlow:
     params = common_pb2.SamplingParams(**({"temperature": 1.0, "repetition_penalty": 1.0, "max_tokens": 10} | sampling))
     names = ["r"] if num_completions == 1 else [f"{i}_r" for i in range(num_completions)]
@@ -36,7 +41,7 @@ def flow_of(
         completions=[Completion(request_id=name, sampling=params) for name in names],
     )  # fmt: skip
     prefill = worker("p", cluster_pb2.ROLE_PREFILL) if with_prefill else None
-    chosen = Plan(prefill=prefill, decode=worker("d", cluster_pb2.ROLE_DECODE))
+    chosen = Plan(prefill=prefill, decode=worker("d", cluster_pb2.ROLE_DECODE), source=source)
     return RequestFlow(request, chosen, RequestTimeline(), RequestTrace(Tracing(), None), kv_wait_ms=500)
 
 
@@ -68,6 +73,18 @@ def test_inexact_first_token_is_dropped_and_its_cached_tokens_are_not() -> None:
     emitted = flow.on_decode_delta(own)
     assert emitted is not None
     assert emitted.num_cached_tokens == 3
+
+
+def test_the_worker_that_computes_the_prompt_is_told_whom_to_fetch_from() -> None:
+    source = worker("s", cluster_pb2.ROLE_PREFILL)
+    split = flow_of(source=source)
+    prefill = split.start()
+    assert prefill is not None
+    assert prefill.prefix_address == "s:1"
+    split.on_prefill_delta(delta([7], LENGTH))
+    assert [decode.prefix_address for decode in split.decodes()] == [""]
+    assert [decode.prefix_address for decode in flow_of(with_prefill=False, source=source).decodes()] == ["s:1"]
+    assert [decode.prefix_address for decode in flow_of(with_prefill=False).decodes()] == [""]
 
 
 def test_greedy_with_a_seed_is_exact() -> None:
