@@ -36,6 +36,8 @@ class PushResult:
     """Sent, again or not."""
     num_stored_bytes: int = 0
     """Acknowledged."""
+    busy_s: float = 0.0
+    """In which something was on its way, sent and not acknowledged."""
     num_resent_frames: int = 0
     num_missing_blocks: int = 0
     transport: str = ""
@@ -70,6 +72,7 @@ class Push:
         self._ready: asyncio.Queue[BlockPart | None] = asyncio.Queue()
         self._orders: dict[tuple[int, int], FrameOrder] = {}
         """Sent and not acknowledged, each with a pin on the slot of every part."""
+        self._busy_since_s = 0.0
         self._num_stored_layers = 0
         self._stored: list[tuple[int, int]] = []
         """When acks came (Unix time, ns), and for how many bytes."""
@@ -183,6 +186,8 @@ class Push:
         for run in cut(parts, self._layer_bytes, joined_bytes=joined_bytes):
             order = make(self._segment, self._layer_bytes, want.transfer_id, run, encode)
             self._store.pin(part.slot for part in run)
+            if not self._orders:
+                self._busy_since_s = time.monotonic()
             self._orders[order.key] = order
             self._put(want, order)
 
@@ -214,6 +219,8 @@ class Push:
     def _settle(self, key: tuple[int, int]) -> None:
         """Nobody reads the order's slots any more."""
         order = self._orders.pop(key)
+        if not self._orders:
+            self.result.busy_s += time.monotonic() - self._busy_since_s
         order.drop()
         self._store.unpin([part.slot for part in order.parts])
 

@@ -54,7 +54,7 @@ class PrefillRole:
                 outgoing.add_present()
                 submission = await host.submit(work, hasher, stored, save_partial=True, handlers=outgoing.handlers)
                 async with asyncio.TaskGroup() as tasks:
-                    pushing = tasks.create_task(self._run_push(outgoing.push, submission, span))
+                    pushing = tasks.create_task(self._run_push(outgoing.push, request.decode_address, submission, span))
                     await self._until_closed(submission)
                     outgoing.push.finish()  # Blocks that the store had no room for do not come.
                     await pushing
@@ -79,7 +79,7 @@ class PrefillRole:
         )
         return Push(partial(host.peers.get, request.decode_address), host.segment, offer, host.store)
 
-    async def _run_push(self, push: Push, submission: Submission, span: Span) -> None:
+    async def _run_push(self, push: Push, decode_address: str, submission: Submission, span: Span) -> None:
         """Blocks of a prompt that waits for the engine take no room of the decode worker's store yet."""
         await submission.started.wait()
         try:
@@ -87,6 +87,8 @@ class PrefillRole:
         except LayoutRefusedError as error:
             # Every request between these two would be computed twice: say so.
             raise NoWorkersError(str(error)) from error
+        if not result.error:
+            self._host.link_speeds.add(decode_address, result.num_stored_bytes, result.busy_s)
         self._host.counters["blocks_pushed"] += result.num_blocks
         self._host.counters["bytes_pushed"] += result.num_bytes
         self._host.counters["frames_resent"] += result.num_resent_frames

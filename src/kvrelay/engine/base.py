@@ -84,6 +84,8 @@ class EngineStep:
     """Everything one engine step produced."""
 
     deltas: list[worker_pb2.TokenDelta] = field(default_factory=list)
+    ended_s: float = 0.0
+    """When the engine was done with it, by the monotonic clock that the machine's processes share."""
     has_load: bool = False
     """Whether the three figures below were measured in this step."""
     num_running_requests: int = 0

@@ -118,6 +118,7 @@ class SimulatedEngine(Engine):
                 if sampled.finish_reason:
                     self._end(sequence)
         self._report()
+        step.ended_s = self._clock()
         step.has_load = True
         step.num_running_requests = self._batch.num_running
         step.num_waiting_requests = self._batch.num_waiting

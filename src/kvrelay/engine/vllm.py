@@ -258,7 +258,8 @@ def _kv_layout(config: VllmEngineConfig, vllm_config: VllmConfig, rank: RankLayo
 def _step(outputs: EngineCoreOutputs) -> EngineStep:
     # Monotonic time is one clock for all processes of a machine.
     offset_ns = time.time_ns() - time.monotonic_ns()
-    step = EngineStep(deltas=[_delta(output, outputs.timestamp, offset_ns) for output in outputs.outputs])
+    deltas = [_delta(output, outputs.timestamp, offset_ns) for output in outputs.outputs]
+    step = EngineStep(deltas=deltas, ended_s=outputs.timestamp)
     stats = outputs.scheduler_stats
     if stats is not None:
         step.num_running_requests = stats.num_running_reqs

@@ -25,9 +25,11 @@ from kvrelay.kv_transfer.posting import post_to_running_loop
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
-from kvrelay.v1 import common_pb2, kv_transfer_pb2
+from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
+from kvrelay.worker.link_speeds import LinkSpeeds
 from kvrelay.worker.request_checks import check_request
+from kvrelay.worker.step_timer import StepTimer
 from kvrelay.worker.store_config import StoreConfig
 from kvrelay.worker.stored_prompt import StoredPrompt, look_up, name_blocks
 from kvrelay.worker.submission import Handlers, PromptSlots, Submission
@@ -83,7 +85,11 @@ class WorkerHost:
         self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
         self._num_granted = 0
         self.num_queued_tokens = 0
-        """Of prompts without a first token."""
+        """Of prompts without a first token, what is not stored."""
+        self.num_context_tokens = 0
+        """Of all sequences in the engine."""
+        self.timer = StepTimer(info.layout.block_size_tokens)
+        self.link_speeds = LinkSpeeds()
         self.jobs: Counter[str] = Counter()
         """Requests that a role works on, by its name."""
 
@@ -146,11 +152,14 @@ class WorkerHost:
             partial_tokens=hasher.num_tokens if num_full in saving else 0,
         )
         num_layers = self.info.layout.num_layers
-        slots = PromptSlots(num_layers=num_layers, load=stored.load, saving=saving, names=names)
+        slots = PromptSlots(
+            num_layers=num_layers, load=stored.load, load_tokens=stored.load_tokens, saving=saving, names=names
+        )
         submission = Submission(plan.ticket, work, self.store, hasher, slots, handlers)
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
-        self.num_queued_tokens += submission.num_prompt_tokens
+        self.num_queued_tokens += submission.num_queued_tokens
+        self.num_context_tokens += submission.num_tokens
         self.counters["requests"] += 1
         request = EngineRequest(
             request_id=submission.engine_request_id,
@@ -200,8 +209,10 @@ class WorkerHost:
         self._calls.abort(submission.engine_request_id)
 
     def _forget(self, submission: Submission) -> None:
-        if self._by_engine_id.pop(submission.engine_request_id, None) and not submission.has_first_token:
-            self.num_queued_tokens -= submission.num_prompt_tokens
+        if self._by_engine_id.pop(submission.engine_request_id, None):
+            self.num_context_tokens -= submission.num_tokens
+            if not submission.has_first_token:
+                self.num_queued_tokens -= submission.num_queued_tokens
 
     async def run_calls(self) -> None:
         """Pass requests and aborts on to the engine."""
@@ -216,13 +227,24 @@ class WorkerHost:
                 submission = self._by_engine_id.get(delta.request_id)
                 if submission is None:  # Aborted meanwhile.
                     continue
-                if not submission.has_first_token and delta.token_ids:
-                    self.num_queued_tokens -= submission.num_prompt_tokens
-                self.counters["tokens"] += len(delta.token_ids)
+                if delta.token_ids:
+                    self._note_tokens(submission, delta)
                 submission.add_delta(delta)
                 if submission.ended.is_set():
+                    self.timer.saw_finish()
                     self._forget(submission)
                     self._trace(submission.work)
+            self.timer.end_step(step)
+
+    def _note_tokens(self, submission: Submission, delta: worker_pb2.TokenDelta) -> None:
+        """Follow what is queued and what the engine has, before the submission takes the tokens."""
+        if submission.has_first_token:
+            self.timer.saw_token(submission.num_tokens)
+        else:
+            self.num_queued_tokens -= submission.num_queued_tokens
+            self.timer.saw_first_token(submission.num_tokens, delta.num_cached_tokens, submission.submitted_s)
+        self.num_context_tokens += len(delta.token_ids)
+        self.counters["tokens"] += len(delta.token_ids)
 
     def _trace(self, work: Work) -> None:
         """One span for the engine's part, made from the times that the engine told."""

@@ -20,6 +20,9 @@ def worker_status(host: WorkerHost, worker_id: str) -> worker_pb2.WorkerStatus:
         counters=host.counters,
         num_prefill_jobs=host.jobs["prefill"],
         num_decode_jobs=host.jobs["decode"],
+        num_context_tokens=host.num_context_tokens,
+        step_times=host.timer.times.to_proto(),
+        links=host.link_speeds,
         store=worker_pb2.BlockStoreStatus(
             num_slots=usage.num_slots,
             num_free=usage.num_free,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class PromptSlots:
     num_layers: int
     load: Sequence[int]
     """Pinned; the pins pass over to the submission."""
+    load_tokens: int
+    """So much of the prompt they hold."""
     saving: Mapping[int, int]
     """Reserved slots by block."""
     names: Sequence[bytes]
@@ -52,7 +55,11 @@ class Submission:
         self.ticket = ticket
         self.work = work
         self.engine_request_id = f"{work.request_id}.{ticket}"
-        self.num_prompt_tokens = hasher.num_tokens
+        self.num_queued_tokens = hasher.num_tokens - slots.load_tokens
+        """To compute before the first token, as far as the worker knows."""
+        self.num_tokens = len(work.prompt_token_ids)
+        """Of the prompt, and generated."""
+        self.submitted_s = time.monotonic()
         self.started = asyncio.Event()
         """Set once the engine works on it, or will not any more."""
         self.ended = asyncio.Event()
@@ -104,6 +111,7 @@ class Submission:
     def add_delta(self, delta: worker_pb2.TokenDelta) -> None:
         """Pass tokens on, under the request's own id."""
         delta.request_id = self.work.request_id
+        self.num_tokens += len(delta.token_ids)
         self._hasher.append(delta.token_ids)
         for block in [block for block in self._unnamed if block < len(self._hasher.hashes)]:
             self._store_generated(self._unnamed.pop(block), self._hasher.hashes[block])

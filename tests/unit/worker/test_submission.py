@@ -50,6 +50,7 @@ class Rig:
             PromptSlots(
                 num_layers=LAYERS,
                 load=self.load,
+                load_tokens=LAYOUT.block_size_tokens,
                 saving=self.saving,
                 names=names(PROMPT)[: 3 if self.save_partial else 2],
             ),
