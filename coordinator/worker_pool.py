@@ -12,6 +12,7 @@ import structlog
 from kvrelay.coordinator.metrics.sources import WorkerReport
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
+from kvrelay.coordinator.worker_load import WorkerLoad
 from kvrelay.coordinator.worker_view import take_speeds, view_of
 from kvrelay.errors import WorkerLostError
 from kvrelay.v1 import cluster_pb2, worker_pb2
@@ -40,8 +41,7 @@ class _Member:
         self.task = task
         self.view = view
         self.prefills: set[str] = set()
-        self.queued_tokens: dict[str, int] = {}
-        self.sequences: dict[str, int] = {}
+        self.load = WorkerLoad()
         self.departed = False
         """Its record is gone; it finishes what it has."""
         self.status = worker_pb2.WorkerStatus()
@@ -49,19 +49,11 @@ class _Member:
     @property
     def is_done(self) -> bool:
         """Whether it is to get nothing new and has nothing more to do."""
-        return (self.departed or self.view.draining) and not (self.prefills or self.sequences)
+        return (self.departed or self.view.draining) and not (self.prefills or self.load.has_sequences)
 
     def is_same_process(self, worker: cluster_pb2.WorkerInfo) -> bool:
         known = self.link.worker
         return (known.incarnation, known.address) == (worker.incarnation, worker.address)
-
-    def refresh_view(self) -> None:
-        """What this coordinator gave the worker, or what it reports with the share of others, whichever is more."""
-        self.view.num_queued_prompts = len(self.queued_tokens)
-        self.view.num_queued_prompt_tokens = max(sum(self.queued_tokens.values()), self.status.num_queued_prompt_tokens)
-        self.view.num_running_requests = max(
-            sum(self.sequences.values()), self.status.num_running_requests + self.status.num_waiting_requests
-        )
 
 
 class WorkerPool:
@@ -122,8 +114,8 @@ class WorkerPool:
         fresh = view_of(worker)
         fresh.num_assigned = member.view.num_assigned
         take_speeds(fresh, member.status)
+        member.load.fill(fresh)
         member.view = fresh
-        member.refresh_view()
         self._retire(member)
         self._notify_changed()
 
@@ -164,14 +156,14 @@ class WorkerPool:
     def queue_prompt(self, worker_id: str, request_id: str, num_tokens: int) -> None:
         """Count a prompt that the worker is to compute, until `end_prefill`; also one that it gets with its decode."""
         member = self._member(worker_id)
-        member.queued_tokens[request_id] = num_tokens
-        member.refresh_view()
+        member.load.add_prompt(request_id, num_tokens)
+        member.load.fill(member.view)
 
     def end_prefill(self, worker_id: str, request_id: str) -> None:
         """The first token is there; the worker may still push."""
         member = self._members.get(worker_id)
-        if member and member.queued_tokens.pop(request_id, None) is not None:
-            member.refresh_view()
+        if member and member.load.remove_prompt(request_id):
+            member.load.fill(member.view)
 
     def release_prefill(self, worker_id: str, request_id: str) -> None:
         """The worker has nothing more to do for the prompt."""
@@ -180,19 +172,19 @@ class WorkerPool:
             member.prefills.discard(request_id)
             self._retire(member)
 
-    def reserve_sequences(self, worker_id: str, request_id: str, num_sequences: int) -> None:
-        """Count sequences that the decode worker has or will get, until `release_sequences`."""
+    def reserve_sequences(self, worker_id: str, request_id: str, num_sequences: int, num_tokens: int = 0) -> None:
+        """Count sequences with so much context in all that the worker has or will get, until `release_sequences`."""
         member = self._member(worker_id)
-        member.sequences[request_id] = num_sequences
+        member.load.add_sequences(request_id, num_sequences, num_tokens)
         member.view.num_assigned += 1
-        member.refresh_view()
+        member.load.fill(member.view)
 
     def release_sequences(self, worker_id: str, request_id: str) -> None:
         """They are over, and so is a prompt that the worker was to compute itself."""
         self.end_prefill(worker_id, request_id)
         member = self._members.get(worker_id)
-        if member and member.sequences.pop(request_id, None) is not None:
-            member.refresh_view()
+        if member and member.load.remove_sequences(request_id):
+            member.load.fill(member.view)
             self._retire(member)
 
     def send_decode(self, worker_id: str, message: worker_pb2.Decode) -> None:
@@ -227,13 +219,15 @@ class WorkerPool:
         if member := self._members.get(link.worker.worker_id):
             member.status = status
             take_speeds(member.view, status)
-            member.refresh_view()
+            member.load.report(status)
+            member.load.fill(member.view)
 
     def on_lost(self, link: WorkerLink, reason: str) -> None:
         member = self._members.get(link.worker.worker_id)
         if member is None or member.link is not link:
             return
         member.status = worker_pb2.WorkerStatus()
+        member.load.report(member.status)
         self._lost(link.worker.worker_id, reason)
         self._notify_changed()
 

@@ -28,11 +28,10 @@ def view_of(worker: cluster_pb2.WorkerInfo) -> WorkerView:
 
 
 def take_speeds(view: WorkerView, status: worker_pb2.WorkerStatus) -> None:
-    """How fast the worker is, and how much context it carries; one that has measured nothing keeps the defaults."""
+    """How fast the worker is; one that has measured nothing keeps the defaults."""
     if status.HasField("step_times"):
         view.times = StepTimes.of(status.step_times)
     view.link_bytes_per_s = {link.address: link.bytes_per_s for link in status.links}
-    view.num_context_tokens = status.num_context_tokens
 
 
 def _token_bytes(layout: cluster_pb2.KvLayout) -> int:

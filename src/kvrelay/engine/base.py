@@ -20,6 +20,8 @@ class EngineInfo:
     max_model_len_tokens: int
     vocab_size: int
     num_engine_blocks: int
+    max_running_requests: int = 0
+    """Sequences that it computes at a time; 0 when it does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ class SimulatedEngine(Engine):
             max_model_len_tokens=config.max_model_len_tokens,
             vocab_size=config.vocab_size,
             num_engine_blocks=config.num_engine_blocks,
+            max_running_requests=config.max_num_seqs,
         )
 
     async def submit(self, request: EngineRequest) -> None:

@@ -132,6 +132,7 @@ class VllmEngine(Engine):
             max_model_len_tokens=vllm_config.model_config.max_model_len,
             vocab_size=vllm_config.model_config.get_vocab_size(),
             num_engine_blocks=layout.num_engine_blocks,
+            max_running_requests=vllm_config.scheduler_config.max_num_seqs,
         )
 
     async def submit(self, request: EngineRequest) -> None:

@@ -68,6 +68,8 @@ class WorkerConfig:
     """host:port where others send KV blocks; the advertised host and the port of `kv_listen` when None."""
     engine: EngineChoice
     store: StoreConfig = field(default_factory=StoreConfig)
+    weight: float = 1.0
+    """Its share of the load under the policy "weighted", relative to others."""
     otlp_endpoint: str | None = None
     log_format: str = "console"
     log_level: str = "info"
@@ -224,4 +226,6 @@ def _worker_info(config: WorkerConfig, engine: EngineInfo, address: str) -> clus
         version=__version__,
         incarnation=secrets.token_hex(8),
         started_unix_ns=time.time_ns(),
+        weight=config.weight,
+        max_running_requests=engine.max_running_requests,
     )

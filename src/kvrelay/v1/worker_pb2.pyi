@@ -510,6 +510,7 @@ class WorkerStatus(_message.Message):
     NUM_PREFILL_JOBS_FIELD_NUMBER: _builtins.int
     NUM_DECODE_JOBS_FIELD_NUMBER: _builtins.int
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_PROMPTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     num_running_requests: _builtins.int
     num_waiting_requests: _builtins.int
@@ -525,6 +526,8 @@ class WorkerStatus(_message.Message):
     num_decode_jobs: _builtins.int
     num_context_tokens: _builtins.int
     """Tokens of the sequences that the engine has: prompts and what was generated."""
+    num_queued_prompts: _builtins.int
+    """Prompts without a first token in the engine."""
     @_builtins.property
     def store(self) -> Global___BlockStoreStatus: ...
     @_builtins.property
@@ -554,10 +557,11 @@ class WorkerStatus(_message.Message):
         num_prefill_jobs: _builtins.int = ...,
         num_decode_jobs: _builtins.int = ...,
         num_context_tokens: _builtins.int = ...,
+        num_queued_prompts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_times", b"step_times", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "links", b"links", "num_context_tokens", b"num_context_tokens", "num_decode_jobs", b"num_decode_jobs", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_prefill_jobs", b"num_prefill_jobs", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "step_times", b"step_times", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "links", b"links", "num_context_tokens", b"num_context_tokens", "num_decode_jobs", b"num_decode_jobs", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_prefill_jobs", b"num_prefill_jobs", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_queued_prompts", b"num_queued_prompts", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "step_times", b"step_times", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,6 +84,8 @@ class WorkerHost:
         """The engine's gauges of its latest step."""
         self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
         self._num_granted = 0
+        self.num_queued_prompts = 0
+        """In the engine, without a first token."""
         self.num_queued_tokens = 0
         """Of prompts without a first token, what is not stored."""
         self.num_context_tokens = 0
@@ -158,6 +160,7 @@ class WorkerHost:
         submission = Submission(plan.ticket, work, self.store, hasher, slots, handlers)
         self._by_ticket[submission.ticket] = submission
         self._by_engine_id[submission.engine_request_id] = submission
+        self.num_queued_prompts += 1
         self.num_queued_tokens += submission.num_queued_tokens
         self.num_context_tokens += submission.num_tokens
         self.counters["requests"] += 1
@@ -212,7 +215,11 @@ class WorkerHost:
         if self._by_engine_id.pop(submission.engine_request_id, None):
             self.num_context_tokens -= submission.num_tokens
             if not submission.has_first_token:
-                self.num_queued_tokens -= submission.num_queued_tokens
+                self._end_prompt(submission)
+
+    def _end_prompt(self, submission: Submission) -> None:
+        self.num_queued_prompts -= 1
+        self.num_queued_tokens -= submission.num_queued_tokens
 
     async def run_calls(self) -> None:
         """Pass requests and aborts on to the engine."""
@@ -241,7 +248,7 @@ class WorkerHost:
         if submission.has_first_token:
             self.timer.saw_token(submission.num_tokens)
         else:
-            self.num_queued_tokens -= submission.num_queued_tokens
+            self._end_prompt(submission)
             self.timer.saw_first_token(submission.num_tokens, delta.num_cached_tokens, submission.submitted_s)
         self.num_context_tokens += len(delta.token_ids)
         self.counters["tokens"] += len(delta.token_ids)

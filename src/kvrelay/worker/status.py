@@ -13,6 +13,7 @@ def worker_status(host: WorkerHost, worker_id: str) -> worker_pb2.WorkerStatus:
         worker_id=worker_id,
         num_running_requests=load.num_running_requests,
         num_waiting_requests=max(0, host.num_requests - load.num_running_requests),
+        num_queued_prompts=host.num_queued_prompts,
         num_queued_prompt_tokens=host.num_queued_tokens,
         engine_kv_usage=load.kv_usage,
         num_incoming_transfers=host.receiver.num_transfers,
