@@ -99,8 +99,14 @@ async def test_blocks_arrive_with_their_content() -> None:
     async with open_pair() as pair:
         result = await pair.push("r", MANY).run()
         size = 40 * SLOT_BYTES
+        assert result.busy_s > 0
         assert result == PushResult(
-            num_wanted_bytes=size, num_blocks=40, num_bytes=size, num_stored_bytes=size, transport="grpc"
+            num_wanted_bytes=size,
+            num_blocks=40,
+            num_bytes=size,
+            num_stored_bytes=size,
+            busy_s=result.busy_s,
+            transport="grpc",
         )
         transfer = await pair.receiver.receiver.wait_settled("r", 10)
         assert transfer is not None

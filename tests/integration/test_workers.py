@@ -13,6 +13,7 @@ import pytest
 from kvrelay.engine.simulated_model import expected_tokens
 from kvrelay.grpc_options import open_channel
 from kvrelay.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.worker import link_speeds
 from tests.support.eventually import eventually
 from tests.support.worker_link import Answer, open_link, over
 from tests.support.worker_pair import BLOCK, CONFIG, Pair, open_node, open_pair, sampling
@@ -308,3 +309,16 @@ async def test_a_worker_says_who_it_is_and_how_it_is() -> None:
         assert status.worker_id == "w"
         assert status.store.num_slots == 512
         assert status.store.num_granted == 64
+
+
+async def test_workers_tell_how_fast_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_speeds, "MIN_BYTES", 1)
+    async with open_pair() as pair:
+        for number in range(3):
+            await pair.generate(f"r{number}", prompt_of(10 * BLOCK + number), 12)
+        await eventually(lambda: len(pair.p.status().links) == 1)
+        (link,) = pair.p.status().links
+        assert link.address == pair.d.address
+        assert link.bytes_per_s > 0
+        assert pair.p.status().step_times.num_prefills == 3
+        assert pair.d.status().num_context_tokens == 0

@@ -18,6 +18,7 @@ from kvrelay.cli.parsing import (
     parse_engine_args,
     parse_size,
     parse_store_size,
+    parse_weight,
 )
 from kvrelay.kv_transfer.compression import Compression
 from kvrelay.kv_transfer.transport import KvTransport
@@ -238,6 +239,16 @@ WorkerIdOption = Annotated[
     str | None,
     typer.Option(
         "--worker-id", metavar="ID", rich_help_panel=CLUSTER, help="Default: role, host name and random characters."
+    ),
+]
+WeightOption = Annotated[
+    float,
+    typer.Option(
+        "--weight",
+        parser=parse_weight,
+        metavar="NUMBER",
+        rich_help_panel=CLUSTER,
+        help="Its share of the requests under --policy weighted, relative to other workers.",
     ),
 ]
 HttpOption = Annotated[

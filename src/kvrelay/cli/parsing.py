@@ -1,7 +1,8 @@
-"""What do addresses, sizes and engine options look like on the command line?"""
+"""What do addresses, sizes, weights and engine options look like on the command line?"""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -78,6 +79,17 @@ def parse_store_size(text: str | int) -> int:
             f"{text} is too little: a block takes some hundred KiB to some MiB; give 16MiB or more"
         )
     return size
+
+
+def parse_weight(text: str | float) -> float:
+    """A positive number. Raises `typer.BadParameter`."""
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < math.inf:
+        raise typer.BadParameter(f"{text!r} is no weight; use a number above 0, for example 2 or 0.5")
+    return weight
 
 
 def parse_engine_args(text: str) -> EngineArgs:

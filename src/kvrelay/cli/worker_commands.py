@@ -48,6 +48,7 @@ class WorkerOptions:
     etcd: opt.EtcdOption
     cluster: opt.ClusterOption = "default"
     worker_id: opt.WorkerIdOption = None
+    weight: opt.WeightOption = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +129,7 @@ def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel
         worker_id=flags.worker.worker_id or own_id(role),
         etcd=[str(address) for address in flags.worker.etcd],
         cluster=flags.worker.cluster,
+        weight=flags.worker.weight,
         listen=str(network.listen),
         kv_listen=str(network.kv_listen) if network.kv_listen else None,
         advertise=str(network.advertise) if network.advertise else None,

@@ -10,7 +10,7 @@ from kvrelay.v1 import worker_pb2
 _KEPT = 0.8
 """Share that what was measured before keeps with each push, so that large pushes count for more."""
 _MAX_LINKS = 256
-_MIN_BYTES = 1 << 16
+MIN_BYTES = 1 << 16
 """Smaller pushes tell of the time that a message takes, not of the link."""
 
 
@@ -23,7 +23,7 @@ class LinkSpeeds:
 
     def add(self, address: str, num_bytes: int, busy_s: float) -> None:
         """A push had bytes on the way for so long, all of which arrived."""
-        if num_bytes < _MIN_BYTES or busy_s <= 0:
+        if num_bytes < MIN_BYTES or busy_s <= 0:
             return
         known_bytes, known_s = self._links.pop(address, (0.0, 0.0))
         self._links[address] = (_KEPT * known_bytes + num_bytes, _KEPT * known_s + busy_s)

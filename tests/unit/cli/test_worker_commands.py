@@ -43,6 +43,7 @@ def run(*arguments: str) -> Result:
 def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) -> None:
     result = run(
         *("decode-worker", "--etcd", f"{etcd},other:2379", "--cluster", "c", "--worker-id", "d1"),
+        *("--weight", "2.5"),
         *("--engine", "simulated", "--model", "/m/tiny", "--kv-host-bytes", "1GiB", "--listen", "127.0.0.1:0"),
         *(
             "--advertise",
@@ -64,12 +65,21 @@ def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) ->
     (config,) = configs
     assert (config.role, config.worker_id, config.cluster) == (cluster_pb2.ROLE_DECODE, "d1", "c")
     assert list(config.etcd) == [etcd, "other:2379"]
+    assert config.weight == 2.5
     assert (config.listen, config.advertise) == ("127.0.0.1:0", "host:7")
     assert (config.kv_listen, config.kv_advertise) == ("0.0.0.0:0", "nat:9")
     assert (config.engine.kind, config.engine.served_model_name) == ("simulated", "tiny")
     assert list(config.engine.options) == ["--vocab-size", "10"]
     assert config.store.size_bytes == 1 << 30
     assert (config.otlp_endpoint, config.log_format, config.log_level) == ("http://o:4317", "json", "warning")
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "much"])
+def test_what_is_no_weight(etcd: str, configs: list[WorkerConfig], weight: str) -> None:
+    result = run("decode-worker", "--etcd", etcd, "--engine", "simulated", "--weight", weight)
+    assert result.exit_code == 2
+    assert "no weight" in result.output
+    assert not configs
 
 
 def test_room_on_disk(etcd: str, configs: list[WorkerConfig], tmp_path: Path) -> None:
