@@ -27,6 +27,9 @@ class CostConfig:
     local_bytes_per_s: float = 4e9
     """Between workers on one host that have not been measured; shared memory."""
     remote_bytes_per_s: float = 1e9
+    load_bytes_per_s: float = 50e9
+    """From a worker's host memory into its engine: that of a GPU on PCIe 5.0. It is not measured; half or
+    twice of it hardly changes what is served how (docs/adr/0015-scheduling.md)."""
     near_share: float = 0.03
     """Plans whose costs differ by less than this share of the TTFT are equal: predictions are not better than that."""
     near_s: float = 0.002

@@ -21,6 +21,8 @@ class PromptEstimate(NamedTuple):
     num_cached_tokens: int
     """Not to be computed; stored here, or fetched from the source."""
     source: WorkerView | None
+    fetch_s: float
+    """Of `wait_s`, what it takes however idle the worker is."""
 
 
 def wait_s(worker: WorkerView) -> float:
@@ -82,20 +84,23 @@ class PromptEstimator:
 
     def at(self, worker: WorkerView) -> PromptEstimate:
         """Fetches from the holder where that is faster than computing."""
-        request, times, holder, source = self._request, worker.times, self._holder, None
+        request, times, holder = self._request, worker.times, self._holder
+        source, fetch_s = None, 0.0
         num_tokens = request.num_prompt_tokens
         num_cached = stored_tokens(request, worker) if request.num_stored_blocks else 0
         waiting_s = wait_s(worker) if worker.num_queued_prompt_tokens else 0.0
         prefill_s = times.prefill_s(num_tokens - num_cached, num_cached)
         if holder and (num_missing := self._num_held - num_cached) > 0 and worker.token_bytes:
             # Blocks are fetched while the prompts before are computed.
-            fetched_s = max(waiting_s, num_missing * worker.token_bytes / bytes_per_s(holder, worker, self._config))
+            travel_s = num_missing * worker.token_bytes / bytes_per_s(holder, worker, self._config)
+            fetched_s = max(waiting_s, travel_s)
             rest_s = times.prefill_s(num_tokens - self._num_held, self._num_held)
             if fetched_s + rest_s < waiting_s + prefill_s:
-                waiting_s, prefill_s, num_cached, source = fetched_s, rest_s, self._num_held, holder
+                waiting_s, prefill_s, num_cached = fetched_s, rest_s, self._num_held
+                source, fetch_s = holder, travel_s
         stalled = self._config.decode_weight * worker.num_running_requests
         cost = waiting_s + prefill_s * (1.0 + self._crowding + stalled)
-        return PromptEstimate(cost, worker, waiting_s, prefill_s, num_cached, source)
+        return PromptEstimate(cost, worker, waiting_s, prefill_s, num_cached, source, fetch_s)
 
 
 class DecodeEstimate(NamedTuple):
@@ -109,18 +114,25 @@ class DecodeEstimate(NamedTuple):
     """Until it has computed the prompts it has, and has room for these."""
     num_stored_tokens: int
     missing_bytes: int
+    load_s: float
+    """To bring the whole prompt's KV into the engine, after a hand-off."""
+    gap_weight: float
+    """What a second between the first and the second token counts."""
 
 
 class DecodeEstimator:
     """Estimates for one request; made anew for each."""
 
-    __slots__ = ("_config", "_num_output_tokens", "_request")
+    __slots__ = ("_config", "_gap_weight", "_num_output_tokens", "_request")
 
     def __init__(self, request: RequestShape, config: CostConfig) -> None:
         self._request = request
         self._config = config
         expected = config.expected_output_tokens
         self._num_output_tokens = min(request.max_tokens or expected, expected)
+        # The mean gap of a short answer grows more by one long gap.
+        num_gaps = self._num_output_tokens - 1
+        self._gap_weight = config.decode_weight * expected / num_gaps if num_gaps else 0.0
 
     def at(self, worker: WorkerView) -> DecodeEstimate:
         request, num_output = self._request, self._num_output_tokens
@@ -138,8 +150,9 @@ class DecodeEstimator:
                 blocked_s = max(blocked_s, share * self._config.expected_output_tokens * itl_s)
         num_stored = stored_tokens(request, worker) if request.num_stored_blocks else 0
         missing_bytes = (num_tokens - num_stored) * worker.token_bytes
+        load_s = num_tokens * worker.token_bytes / self._config.load_bytes_per_s
         cost = self._config.decode_weight * lost_s + blocked_s
-        return DecodeEstimate(cost, worker, itl_s, blocked_s, num_stored, missing_bytes)
+        return DecodeEstimate(cost, worker, itl_s, blocked_s, num_stored, missing_bytes, load_s, self._gap_weight)
 
 
 def _missing_share(worker: WorkerView, num_new: int, num_new_tokens: int) -> float:

@@ -23,6 +23,11 @@ class Option(NamedTuple):
     def is_local(self) -> bool:
         return self.prompt.worker is self.decode.worker
 
+    @property
+    def idle_ttft_s(self) -> float:
+        """If nobody had to be waited for."""
+        return self.prompt.fetch_s + self.prompt.prefill_s + self.transfer_s
+
     def plan(self) -> Plan:
         return Plan(
             prefill=None if self.is_local else self.prompt.worker,
@@ -52,7 +57,9 @@ def split_option(prompt: PromptEstimate, decode: DecodeEstimate, config: CostCon
         travel_s = missing_bytes / bytes_per_s(prompt.worker, decode.worker, config)
         transfer_s = max(0.0, travel_s - config.overlap_share * prefill_s)
     ttft_s = prompt.wait_s + prefill_s + transfer_s
-    cost = prompt.cost + transfer_s + decode.cost - min(decode.blocked_s, ttft_s)
+    late_s = max(0.0, decode.blocked_s - ttft_s)
+    lost_s = transfer_s + late_s + decode.gap_weight * (transfer_s + late_s + decode.load_s)
+    cost = prompt.cost + decode.cost - decode.blocked_s + lost_s
     return Option(cost, ttft_s, transfer_s, prompt, decode)
 
 

@@ -128,6 +128,38 @@ def test_a_request_that_would_be_late_is_told_when_to_come_back() -> None:
     assert scheduler.plan(late, workers).plan.prefill is workers[0]
 
 
+def test_what_is_to_be_fetched_does_not_come_sooner_by_waiting() -> None:
+    """The idler worker would need 2 s for the prefix and 0.4 s without it: only the one that has it can be in time."""
+    workers = [
+        view(
+            "p1",
+            PREFILL,
+            num_queued_prompt_tokens=60_000,
+            num_queued_prompts=1,
+            token_bytes=10_000,
+            link_bytes_per_s={"p2:1": 1.6e7},
+        ),
+        view("p2", PREFILL, num_queued_prompt_tokens=30_000, num_queued_prompts=1, token_bytes=10_000),
+        view("d1", DECODE),
+    ]
+    late = shape(4000, num_stored_blocks={"p1": 100}, ttft_s=0.3)
+    with pytest.raises(OverloadedError) as raised:
+        plan(late, workers, SPLIT)
+    assert raised.value.retry_after_s == pytest.approx(6.01 + 0.09 - 0.3)
+    workers[0].num_queued_prompt_tokens -= 58_001
+    workers[1].num_queued_prompt_tokens = 0
+    assert plan(late, workers, SPLIT).prefill is workers[0]
+
+
+def test_a_short_answer_is_not_handed_over_when_loading_would_be_felt() -> None:
+    """Loading the prompt at the decode worker takes 0.2 s of the gap between the first token and the second."""
+    busy = view("d1", DECODE, token_bytes=500_000, num_running_requests=40)
+    workers = [view("p1", PREFILL, token_bytes=500_000), busy]
+    stored = {"p1": 624, "d1": 624}
+    assert plan(shape(20_000, max_tokens=3, num_stored_blocks=stored), workers).prefill is None
+    assert plan(shape(20_000, max_tokens=300, num_stored_blocks=stored), workers).prefill is workers[0]
+
+
 def test_what_waiting_does_not_help_gets_no_time_to_come_back() -> None:
     with pytest.raises(OverloadedError, match="even when idle") as raised:
         plan(shape(50_000, ttft_s=1.0), [view("p1", PREFILL), view("d1", DECODE)])
