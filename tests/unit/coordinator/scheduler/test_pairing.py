@@ -123,6 +123,15 @@ def test_nobody_is_refused_whom_any_pair_would_serve_in_time(
             CostScheduler().plan(request, workers)
 
 
+def test_a_pair_in_time_is_found_behind_the_best_few() -> None:
+    """The three best prefill workers are slow to send; a busier one is not."""
+    slow, fast = ({"d0:1": bytes_per_s} for bytes_per_s in (1e6, 1e10))
+    prefillers = [view(f"p{number}", PREFILL, token_bytes=1000, link_bytes_per_s=slow) for number in range(3)]
+    busier = view("p3", PREFILL, token_bytes=1000, link_bytes_per_s=fast, num_queued_prompt_tokens=500)
+    workers = [*prefillers, busier, view("d0", DECODE, token_bytes=1000, num_queued_prompt_tokens=90_000)]
+    assert CostScheduler().plan(shape(1000, ttft_s=0.3), workers).plan.prefill is busier
+
+
 def test_the_best_few_are_paired_and_those_best_at_one_thing() -> None:
     prefillers = [view(f"p{number}", PREFILL, num_queued_prompt_tokens=1000 * number) for number in range(6)]
     decoders = [view(f"d{number}", DECODE, num_running_requests=number) for number in range(6)]
