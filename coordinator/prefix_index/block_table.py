@@ -51,24 +51,19 @@ class BlockTable:
             positions[i] = position
         return self._words.take(positions, axis=0)
 
-    def has(self, keys: Keys, bit: int) -> npt.NDArray[np.bool_]:
-        """Which of the keys have a bit."""
-        positions = self._find(keys)
-        word, mask = divmod_bit(bit)
-        bits: npt.NDArray[np.uint64] = self._words[positions, word] & mask
-        return (positions >= 0) & bits.astype(bool)
-
-    def add(self, keys: Keys, bit: int) -> None:
-        """Set a bit of every key."""
+    def add(self, keys: Keys, bit: int) -> npt.NDArray[np.bool_]:
+        """Set a bit of every key; returns which had it."""
         self._make_room(len(keys))
         positions = self._find(keys)
         new = positions < 0
+        word, mask = divmod_bit(bit)
+        had: npt.NDArray[np.bool_] = (self._words[positions, word] & mask).astype(bool) & ~new
         if new.any():
             inserted = positions[new] = self._insert(keys[new])
             self.num_blocks += len(set(inserted.tolist()) - {-1})
             positions = positions[positions >= 0]
-        word, mask = divmod_bit(bit)
         self._words[positions, word] |= mask
+        return had
 
     def clear(self, keys: Keys, bit: int) -> None:
         """Unset a bit of every key."""

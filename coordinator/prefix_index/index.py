@@ -82,8 +82,7 @@ class PrefixIndex:
         del self._bits[by]
         self._bits[worker_id], self._workers[bit] = bit, worker_id
         keys = np.fromiter(speculated, np.uint64, len(speculated))
-        missing = ~self._table.has(keys, bit)
-        self._table.add(keys[missing], bit)
+        missing = ~self._table.add(keys, bit)
         self._speculated[worker_id] = {key: speculated[key] for key in keys[missing].tolist()}
 
     def drop(self, worker_id: str) -> None:
@@ -118,10 +117,9 @@ class PrefixIndex:
         array = _as_keys(keys)
         bit = self._bit_of(worker_id)
         speculated = self._speculated.setdefault(worker_id, {})
-        for key, known in zip(array.tolist(), self._table.has(array, bit).tolist(), strict=True):
+        for key, known in zip(array.tolist(), self._table.add(array, bit).tolist(), strict=True):
             if speculated.pop(key, None) is not None or not known:
                 speculated[key] = now_s
-        self._table.add(array, bit)
 
     def retract(self, worker_id: str, keys: Sequence[int] | Keys, now_s: float) -> None:
         """The dispatch of that moment failed: what nobody has confirmed, or promised later, counts no more."""
