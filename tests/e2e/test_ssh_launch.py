@@ -52,7 +52,8 @@ def test_a_cluster_on_two_machines(tmp_path: Path, settings: dict[str, str]) -> 
         tmp_path,
         f"# host role devices model options\n"
         f"{FIRST} etcd - - --advertise-client-urls http://{FIRST}:{etcd}\n"
-        f"{FIRST} coordinator - - --served-model-name m --http {FIRST}:{http} --grpc {FIRST}:{grpc}\n"
+        f"{FIRST} coordinator - - --served-model-name m --http {FIRST}:{http} --grpc {FIRST}:{grpc}"
+        f" --local-prefill never\n"
         f"{FIRST} prefill cpu:0 - {ENGINE} --listen {FIRST}:{prefill}\n"
         f"{SECOND} decode cpu:1 - {ENGINE} --listen {SECOND}:{decode}\n",
         **settings,

@@ -422,11 +422,14 @@ async def test_garbage_ends_its_stream_and_nothing_else(data: bytes) -> None:
                     request_serializer=bytes,
                     response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
                 )
-                call = push(iter([data, kv_transfer_pb2.Frame(is_last=True).SerializeToString()]))
+                call = push()
+                await call.write(data)
                 if data:
                     with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
                         await call.read()
                 else:  # An empty message is a Frame that brings nothing.
+                    await call.write(kv_transfer_pb2.Frame(is_last=True).SerializeToString())
+                    await call.done_writing()
                     assert await call.read() is grpc.aio.EOF
             with side() as source:
                 [slot] = source.put([1])

@@ -315,7 +315,7 @@ async def test_workers_tell_how_fast_they_are(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(link_speeds, "MIN_BYTES", 1)
     async with open_pair() as pair:
         for number in range(3):
-            await pair.generate(f"r{number}", prompt_of(10 * BLOCK + number), 12)
+            await pair.generate(f"r{number}", prompt_of(10 * BLOCK, number), 12)
         await eventually(lambda: len(pair.p.status().links) == 1)
         (link,) = pair.p.status().links
         assert link.address == pair.d.address
