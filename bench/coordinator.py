@@ -3,8 +3,8 @@
 Everything on this machine: etcd, 16 prefill and 16 decode workers that answer by the clock (`bench.timed_workers`),
 coordinators as `kvrelay coordinator --replicas N` starts them, and the load generator `wrk`, which keeps a fixed number
 of requests in flight. Every request is streamed over both its workers. Beside that load a second client sends a few
-requests a second and measures their time to first token; what is above the time that the prefill worker took counts as
-added. Before the load, the same is measured with one request at a time.
+requests a second and measures their time to first token; what is above the time that its prefill worker took for that
+request, by the worker's own clock, counts as added. Before the load, the same is measured with one request at a time.
 
 Needs `wrk` (Debian: apt install wrk).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ import psutil
 import uvloop
 
 from bench.report import Report, parser
+from bench.timed_workers import PROBE
 from kvrelay.client.http_pool import HttpPool, Origin
 from kvrelay.client.replay.answer_reader import AnswerReader
 from kvrelay.etcd.server import run_etcd
@@ -41,6 +43,8 @@ from kvrelay.models import default_cache_dir, resolve_model
 MODEL = "model"
 PREFILL_S = STEP_S = 0.02
 ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+_LEAN_GRPC = "-event_engine_client,-event_engine_listener,-event_engine_callback_cq"
+"""Workers send small messages at a high rate here, for which this is cheaper; coordinators set it themselves."""
 _LUA = Path(__file__).with_suffix(".lua")
 _START_TIMEOUT_S = 120
 _WORDS = ["sky", "blue", "child", "tell", "water", "light", "river", "stone", "green", "cloud", "north", "bird"]
@@ -85,6 +89,7 @@ async def program(*arguments: str, log: Path) -> AsyncIterator[Program]:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=output,
+            env={"GRPC_EXPERIMENTS": _LEAN_GRPC, **os.environ},
         )
     try:
         yield Program(process)
@@ -104,6 +109,8 @@ class Rig:
     url: str
     coordinators: Program
     workers: Program
+    engine_s: Mapping[str, float]
+    """What probes' prompts took, by their ids; grows."""
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +139,12 @@ async def rig(model_path: str, num_replicas: int, coordinator_options: Sequence[
             except TimeoutError:
                 texts = "\n".join(log.read_text()[-4000:] for log in (workers_log, coordinator_log))
                 raise RuntimeError(f"the cluster did not start:\n{texts}") from None
-            yield Rig(f"http://{http}", coordinators, workers)
+            engine_s: dict[str, float] = {}
+            reading = asyncio.create_task(_read_times(workers, engine_s))
+            try:
+                yield Rig(f"http://{http}", coordinators, workers, engine_s)
+            finally:
+                reading.cancel()
 
 
 async def _wait_ready(url: str, workers: Program) -> None:
@@ -149,15 +161,36 @@ async def _wait_ready(url: str, workers: Program) -> None:
                     num_ready = num_ready + 1 if answer.status == HTTPStatus.OK else 0
 
 
+async def _read_times(workers: Program, engine_s: dict[str, float]) -> None:
+    assert workers.process.stdout is not None
+    async for line in workers.process.stdout:  # Logs among them.
+        request_id, _, took_s = line.decode().rpartition(" ")
+        if PROBE in request_id:
+            engine_s[PROBE + request_id.rpartition(PROBE)[2].partition("-")[0]] = float(took_s)
+
+
 class Probe:
     """Measures the time to first token of requests of its own."""
 
-    def __init__(self, url: str, load: Load) -> None:
-        self._origin = Origin.parse(url)
+    _numbers = itertools.count()
+
+    def __init__(self, rig: Rig, load: Load) -> None:
+        self._rig = rig
+        self._origin = Origin.parse(rig.url)
         self._load = load
-        self._number = 0
-        self.ttft_s: list[float] = []
+        self._ttft_s: dict[str, float] = {}
         self.num_failed = 0
+
+    @property
+    def num_done(self) -> int:
+        return len(self._ttft_s)
+
+    def added_ms(self, percent: int) -> float:
+        """A percentile of what was added to the prefill worker's own time."""
+        added_s = [ttft_s - self._rig.engine_s[request_id] for request_id, ttft_s in self._ttft_s.items()]
+        if len(added_s) < 2:
+            return float("nan")
+        return statistics.quantiles(added_s, n=100, method="inclusive")[percent - 1] * 1e3
 
     async def one_at_a_time(self, num_requests: int) -> None:
         async with HttpPool(self._origin) as pool:
@@ -174,9 +207,11 @@ class Probe:
                 num_sent += 1
 
     async def _request(self, pool: HttpPool) -> None:
-        self._number += 1
+        number = next(self._numbers)
+        request_id = f"{PROBE}{number}"
         reader = AnswerReader(time.perf_counter)
-        request = self._origin.request("POST", ROUTES[self._load.route], {}, self._body())
+        headers = {"x-request-id": request_id}
+        request = self._origin.request("POST", ROUTES[self._load.route], headers, self._body(number))
         sent_s = time.perf_counter()
         try:
             answer = await pool.exchange(request, reader.on_body)
@@ -187,11 +222,11 @@ class Probe:
         if answer.status != HTTPStatus.OK or not reader.is_done or not tokens:
             self.num_failed += 1
             return
-        self.ttft_s.append(tokens[0][0] - sent_s)
+        self._ttft_s[request_id] = tokens[0][0] - sent_s
 
-    def _body(self) -> bytes:
-        words = (_WORDS[(self._number * 17 + word * word) % len(_WORDS)] for word in range(self._load.num_words))
-        content = f"probe {self._number} {' '.join(words)}"
+    def _body(self, number: int) -> bytes:
+        words = (_WORDS[(number * 17 + word * word) % len(_WORDS)] for word in range(self._load.num_words))
+        content = f"probe {number} {' '.join(words)}"
         prompt = (
             {"messages": [{"role": "user", "content": content}]} if self._load.route == "chat" else {"prompt": content}
         )
@@ -219,7 +254,7 @@ async def wrk(url: str, load: Load) -> dict[str, Any]:
 async def measure(model_path: str, num_replicas: int, load: Load, options: Sequence[str]) -> dict[str, Any]:
     """One row: first one request at a time, then the load."""
     async with rig(model_path, num_replicas, options) as running:
-        warm_up, single, probe = (Probe(running.url, load) for _ in range(3))
+        warm_up, single, probe = (Probe(running, load) for _ in range(3))
         await warm_up.one_at_a_time(20)
         await single.one_at_a_time(load.num_single)
         before = _cpu(running)
@@ -230,15 +265,15 @@ async def measure(model_path: str, num_replicas: int, load: Load, options: Seque
     used["wrk"] = children.children_user + children.children_system
     used["wrk"] -= children_before.children_user + children_before.children_system
     used["probe"] = children.user + children.system - children_before.user - children_before.system
-    num_requests = summary["requests"] + len(probe.ttft_s)
+    num_requests = summary["requests"] + probe.num_done
     num_errors = sum(summary["errors"].values()) + probe.num_failed + single.num_failed
     return {
         "replicas": num_replicas,
         "requests_per_s": num_requests / summary["duration_s"],
         "errors": num_errors,
-        "added_ttft_p50_ms": _added_ms(probe.ttft_s, 50),
-        "added_ttft_p99_ms": _added_ms(probe.ttft_s, 99),
-        "single_added_ttft_p50_ms": _added_ms(single.ttft_s, 50),
+        "added_ttft_p50_ms": probe.added_ms(50),
+        "added_ttft_p99_ms": probe.added_ms(99),
+        "single_added_ttft_p50_ms": single.added_ms(50),
         "cpu_ms_per_request": used["coordinators"] * 1e3 / num_requests,
         "latency_p50_ms": summary["latency_p50_s"] * 1e3,
         "latency_p99_ms": summary["latency_p99_s"] * 1e3,
@@ -248,12 +283,6 @@ async def measure(model_path: str, num_replicas: int, load: Load, options: Seque
 
 def _cpu(running: Rig) -> dict[str, float]:
     return {"coordinators": running.coordinators.cpu_s(), "workers": running.workers.cpu_s()}
-
-
-def _added_ms(ttft_s: Sequence[float], percent: int) -> float:
-    if len(ttft_s) < 2:
-        return float("nan")
-    return (statistics.quantiles(ttft_s, n=100, method="inclusive")[percent - 1] - PREFILL_S) * 1e3
 
 
 def _median_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -305,7 +334,9 @@ def main() -> None:
     report = Report("coordinator", {**config, "prefill_s": PREFILL_S, "step_s": STEP_S})
     report.rows = [_median_rows(rows) for rows in rounds.values()]
     report.figures = dict(report.rows[-1])
-    report.notes.append("Everything shares the machine's cores. Added: TTFT less the prefill worker's time.")
+    report.notes.append(
+        "Everything shares the machine's cores. Added: TTFT less what its prefill worker took for that request."
+    )
     report.finish(given.json)
 
 

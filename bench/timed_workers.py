@@ -4,7 +4,8 @@
 
 All of them live in this process, each at a port of its own and registered in etcd. A prompt takes a fixed time whatever
 its length; decode workers step on a fixed beat, with one token for every sequence. No KV moves. Writes `ready` to
-standard output, and ends with its standard input.
+standard output, then the ids of prompts that are probes with the time they took in fact, for timers are late by
+up to a millisecond, or more under load; ends with its standard input.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from kvrelay.worker.submission import Sink
 
 BLOCK_TOKENS = 16
 MAX_MODEL_LEN_TOKENS = 8192
+PROBE = "-probe."
+"""Ids of requests that are timed contain it."""
 _FIRST_TOKEN = 1000
 _NUM_TOKENS = 500
 """Generated ids come from this range of the vocabulary, where every model has words."""
@@ -54,7 +57,10 @@ class TimedPrefill:
 
     async def prefill(self, request: worker_pb2.Prefill, sink: Sink) -> None:
         """See `kvrelay.worker.role.PrefillRunner`."""
+        began_s = time.perf_counter()
         await asyncio.sleep(self._prefill_s)
+        if PROBE in request.request_id:
+            print(request.request_id, time.perf_counter() - began_s, flush=True)
         sink(
             worker_pb2.TokenDelta(
                 request_id=request.request_id,

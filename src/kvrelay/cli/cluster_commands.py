@@ -113,6 +113,8 @@ def coordinator(
     # A coordinator takes small messages at a high rate: without gRPC's event engine each costs a quarter less CPU time.
     # gRPC reads this when it is imported.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener,-event_engine_callback_cq")
+    # Prompts are tokenized one at a time: threads for that cost more than they do.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_otlp(observe.otlp)
     if not member.is_replica:  # whose ports are held for it
         check_can_listen("--http", api.http)
