@@ -148,6 +148,8 @@ async def test_they_agree_after_etcd_was_killed_and_restarted(etcd: EtcdProcess)
         await etcd.start()
         await asyncio.gather(*(worker.work(20) for worker in workers))
         await until_right(replicas, workers, AWAY_S)
+        await asyncio.gather(*(worker.work(20) for worker in workers))
+        await until_right(replicas, workers, SETTLED_S)
 
 
 async def test_a_lease_that_ends_while_etcd_is_away_is_replaced_by_another_log(etcd: EtcdProcess) -> None:
