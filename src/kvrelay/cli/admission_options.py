@@ -48,3 +48,11 @@ class AdmissionOptions:
             max_tokens=self.max_queued_tokens,
             dispatch_ahead_s=self.dispatch_ahead_s,
         )
+
+    def arguments(self) -> list[str]:
+        """The same for the command line of a coordinator."""
+        return [
+            *("--max-queued-requests", str(self.max_queued_requests)),
+            *("--max-queued-tokens", str(self.max_queued_tokens)),
+            *("--dispatch-ahead-s", str(self.dispatch_ahead_s)),
+        ]

@@ -235,6 +235,7 @@ def up(
     model: ModelOptions,
     engine: EngineOptions,
     api: ApiOptions,
+    admission: AdmissionOptions,
     children: ChildrenOptions,
     engine_args: opt.EngineArgsArgument = None,
 ) -> None:
@@ -260,7 +261,7 @@ def up(
     with process_errors(children.log_level.value):
         from kvrelay.launch.up import run_up
 
-        exit_code = run_up(_up_config(cluster, found, engine, api, children, options))
+        exit_code = run_up(_up_config(cluster, found, engine, api, admission, children, options))
     raise typer.Exit(exit_code)
 
 
@@ -269,6 +270,7 @@ def _up_config(
     found: FoundModel,
     engine: EngineOptions,
     api: ApiOptions,
+    admission: AdmissionOptions,
     children: ChildrenOptions,
     engine_options: tuple[str, ...],
 ) -> UpConfig:
@@ -288,7 +290,10 @@ def _up_config(
         engine_options=engine_options,
         prefill_options=children.prefill_args or (),
         decode_options=children.decode_args or (),
-        coordinator_options=("--policy", cluster.policy.value, "--local-prefill", cluster.local_prefill.value),
+        coordinator_options=(
+            *("--policy", cluster.policy.value, "--local-prefill", cluster.local_prefill.value),
+            *admission.arguments(),
+        ),
         kv_host_bytes=engine.kv_host_bytes,
         kv_disk_bytes=engine.kv_disk_bytes,
         kv_compression=engine.kv_compression,

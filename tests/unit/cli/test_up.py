@@ -49,7 +49,8 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
     result = run(
         *("--prefill", "2", "--decode", "3", "--model", "/m/tiny", "--etcd", listener, "--http", "127.0.0.1:0"),
         *("--kv-host-bytes", "1GiB", "--kv-disk-bytes", "1KiB", "--kv-disk-path", str(state_dir.parent)),
-        *("--kv-transport", "grpc", "--kv-cache-gib", "2", "--policy", "prefix-only", "--", "--vocab-size", "10"),
+        *("--kv-transport", "grpc", "--kv-cache-gib", "2", "--policy", "prefix-only"),
+        *("--max-queued-requests", "7", "--", "--vocab-size", "10"),
     )
     assert result.exit_code == 0, result.output
     (config,) = configs
@@ -62,7 +63,10 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
     assert (config.kv_host_bytes, config.kv_cache_gib, config.kv_transport) == (1 << 30, 2, "grpc")
     assert (config.kv_disk_bytes, config.kv_disk_path) == (1 << 10, state_dir.parent)
     assert (config.http, config.grpc, config.state_dir) == ("127.0.0.1:0", "127.0.0.1:0", state_dir)
-    assert list(config.coordinator_options) == ["--policy", "prefix-only", "--local-prefill", "when-cheaper"]
+    assert list(config.coordinator_options) == [
+        *("--policy", "prefix-only", "--local-prefill", "when-cheaper"),
+        *("--max-queued-requests", "7", "--max-queued-tokens", "8000000", "--dispatch-ahead-s", "0.25"),
+    ]
     assert config.environment["XDG_STATE_HOME"] == str(state_dir.parent)
 
 
