@@ -50,10 +50,22 @@ async def collect_workers(etcd: Sequence[str], cluster: str, timeout_s: float) -
 
     Raises `EtcdError` when etcd does not answer.
     """
+    asked = await ask_workers(etcd, cluster, timeout_s)
+    rows = [_row(info, status) for info, status in asked]
+    return sorted(rows, key=lambda row: (_ROLE_ORDER.get(row.role, len(_ROLE_ORDER)), row.worker_id))
+
+
+async def ask_workers(
+    etcd: Sequence[str], cluster: str, timeout_s: float
+) -> list[tuple[cluster_pb2.WorkerInfo, worker_pb2.WorkerStatus | None]]:
+    """The records of all workers, and what each says of itself; None for one that does not answer in time.
+
+    Raises `EtcdError` when etcd does not answer.
+    """
     async with connect(EtcdConfig(endpoints=list(etcd), timeout_s=max(timeout_s, 2.0))) as client:
         infos = await list_workers(client, cluster)
-    rows = await asyncio.gather(*(_row(info, timeout_s) for info in infos))
-    return sorted(rows, key=lambda row: (_ROLE_ORDER.get(row.role, len(_ROLE_ORDER)), row.worker_id))
+    statuses = await asyncio.gather(*(_status(info.address, timeout_s) for info in infos))
+    return list(zip(infos, statuses, strict=True))
 
 
 def role_name(role: cluster_pb2.Role.ValueType) -> str:
@@ -61,8 +73,7 @@ def role_name(role: cluster_pb2.Role.ValueType) -> str:
     return cluster_pb2.Role.Name(role).removeprefix("ROLE_").lower()
 
 
-async def _row(info: cluster_pb2.WorkerInfo, timeout_s: float) -> WorkerRow:
-    status = await _status(info.address, timeout_s)
+def _row(info: cluster_pb2.WorkerInfo, status: worker_pb2.WorkerStatus | None) -> WorkerRow:
     registered = cluster_pb2.WorkerState.Name(info.state).removeprefix("WORKER_STATE_").lower()
     row = WorkerRow(
         worker_id=info.worker_id,

@@ -26,7 +26,10 @@ class Step:
             self.prompts.append((sequence, num_tokens))
 
     def chunks(self) -> list[Chunk]:
-        return [Chunk(num_tokens, sequence.num_computed_tokens) for sequence, num_tokens in self.prompts]
+        return [
+            Chunk(num_tokens, sequence.num_computed_tokens, num_tokens == sequence.num_uncomputed_tokens)
+            for sequence, num_tokens in self.prompts
+        ]
 
 
 class Batch:

@@ -43,7 +43,7 @@ def prompt_s(times: TimeModel, num_tokens: int, num_context_tokens: int, max_bat
     """A prompt that has the engine for itself."""
     total_s = 0.0
     while num_tokens > 0:
-        chunk = Chunk(min(num_tokens, max_batched_tokens), num_context_tokens)
+        chunk = Chunk(min(num_tokens, max_batched_tokens), num_context_tokens, num_tokens <= max_batched_tokens)
         total_s += times.prefill_s([chunk])
         num_tokens -= chunk.num_tokens
         num_context_tokens += chunk.num_tokens

@@ -21,6 +21,8 @@ class Chunk:
     num_tokens: int
     num_context_tokens: int
     """Before it; their KV is there."""
+    is_last: bool = True
+    """Whether it completes its prompt."""
 
 
 class TimeModel(Protocol):
@@ -48,7 +50,11 @@ def mixed_step_s(times: TimeModel, chunks: Sequence[Chunk], num_decoding: int, n
 
 
 class FormulaTimes:
-    """The formula that coordinators fit to workers (`StepTimes`), taken as the truth."""
+    """The formula that workers fit to their engines (`StepTimes`), taken as the truth.
+
+    It is fitted to whole prompts, in however many chunks these were computed, so the fixed part comes once a prompt,
+    with its last chunk; the other parts add up over chunks to what the formula has for the whole.
+    """
 
     def __init__(self, coefficients: StepTimes) -> None:
         self._of = coefficients
@@ -58,9 +64,10 @@ class FormulaTimes:
         return min(self._of.prefill_fixed_s, self._of.step_fixed_s)
 
     def prefill_s(self, chunks: Sequence[Chunk]) -> float:
-        """See `TimeModel.prefill_s`; several chunks share the fixed part."""
+        """See `TimeModel.prefill_s`; prompts that end in one step share the fixed part."""
         total_s = sum(self._of.prefill_s(chunk.num_tokens, chunk.num_context_tokens) for chunk in chunks)
-        return total_s - (len(chunks) - 1) * self._of.prefill_fixed_s
+        num_shared = len(chunks) - any(chunk.is_last for chunk in chunks)
+        return total_s - num_shared * self._of.prefill_fixed_s
 
     def steps_s(self, num_requests: int, num_context_tokens: int, num_steps: int) -> Seconds:
         context = num_context_tokens + num_requests * np.arange(num_steps)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvrelay.cli.failure import FAILED, fail
+from kvrelay.cli.failure import FAILED, WRONG_USAGE, fail
 from kvrelay.cli.load_options import (
     DEFAULT_TARGETS,
     LOAD,
@@ -23,6 +23,7 @@ from kvrelay.cli.load_options import (
     TraceArgument,
 )
 from kvrelay.cli.options import CLUSTER, LocalPrefill, LocalPrefillOption, Policy, PolicyOption
+from kvrelay.cli.running import RunningClusterOption, RunningEtcdOption, etcd_and_cluster
 
 WORKER = "Each worker"
 
@@ -64,14 +65,41 @@ TimesOption = Annotated[
         " of a worker.",
     ),
 ]
+LiveOption = Annotated[
+    bool,
+    typer.Option(
+        "--live",
+        rich_help_panel=WORKER,
+        help="Workers like those of a running cluster: times of steps and links as these have measured them under"
+        " load, sizes as they are.",
+    ),
+]
 BatchedTokensOption = Annotated[
-    int, typer.Option("--max-batched-tokens", min=1, rich_help_panel=WORKER, help="Tokens of a step of the engine.")
+    int | None,
+    typer.Option(
+        "--max-batched-tokens",
+        min=1,
+        rich_help_panel=WORKER,
+        help="Tokens of a step of the engine. Default: 2048, or with --live what the workers have.",
+    ),
 ]
 StoreOption = Annotated[
-    float, typer.Option("--store-gib", min=0.001, rich_help_panel=WORKER, help="Host memory for KV blocks, GiB.")
+    float | None,
+    typer.Option(
+        "--store-gib",
+        min=0.001,
+        rich_help_panel=WORKER,
+        help="Host memory for KV blocks, GiB. Default: 1024, or with --live what the workers have.",
+    ),
 ]
 LinkOption = Annotated[
-    float, typer.Option("--link-gb-per-s", min=0.001, rich_help_panel=WORKER, help="Network of each worker, GB/s.")
+    float | None,
+    typer.Option(
+        "--link-gb-per-s",
+        min=0.001,
+        rich_help_panel=WORKER,
+        help="Network of each worker, GB/s. Default: 25, or with --live what the workers have measured.",
+    ),
 ]
 
 
@@ -85,9 +113,12 @@ def simulate(
     coordinators: CoordinatorsOption = 1,
     hardware: HardwareOption = HardwareName.H100,
     times: TimesOption = None,
-    max_batched_tokens: BatchedTokensOption = 2048,
-    store_gib: StoreOption = 1024.0,
-    link_gb_per_s: LinkOption = 25.0,
+    live: LiveOption = False,
+    etcd: RunningEtcdOption = None,
+    cluster: RunningClusterOption = None,
+    max_batched_tokens: BatchedTokensOption = None,
+    store_gib: StoreOption = None,
+    link_gb_per_s: LinkOption = None,
     speed: SpeedOption = 1.0,
     limit: LimitOption = None,
     length_scale: LengthScaleOption = 1.0,
@@ -106,15 +137,21 @@ def simulate(
     Example: kvrelay simulate mooncake_conversation.jsonl --prefill 4 --decode 8 --policy cost --speed 2
 
     Example: kvrelay simulate azure_conv_2023.csv --prefill 0 --decode 0 --both 12 --hardware a100 --json load.json
+
+    Example: kvrelay simulate azure_conv_2023.csv --prefill 4 --decode 4 --live --etcd 10.0.0.1:2379
     """
+    from kvrelay.cli.live_workers import ask
     from kvrelay.cli.load_results import check_writable, show, write
     from kvrelay.cli.load_trace import read_requests
     from kvrelay.cli.simulate_run import Arms, run
     from kvrelay.workload.trace import TraceOptions
 
     load = TraceOptions(limit=limit, speed=speed, length_scale=length_scale)
+    if live and times:
+        fail("--live and --times both say what steps take; give one of them", WRONG_USAGE)
     requests = read_requests(trace, load)
     check_writable(json_path, plots_dir)
+    workers = ask(*etcd_and_cluster(etcd, cluster)) if live else None
     arms = Arms(
         policy=policy.value,
         local_prefill=local_prefill.value,
@@ -130,7 +167,7 @@ def simulate(
         enforce_targets=enforce_targets,
         seed=seed,
     )
-    finished = run(requests, arms, targets)
+    finished = run(requests, arms, targets, workers)
     record, notes = finished.report(name or f"{trace.stem} x{speed:g} {policy}", {"trace": trace.name, **asdict(load)})
     show(record, notes)
     write(record, finished.simulated.outcomes, json_path, plots_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from kvrelay.simulator import simulation
 from kvrelay.simulator.config import ClusterConfig, EngineLimits, Hardware
 from kvrelay.simulator.details import details_of, notes
 from kvrelay.simulator.known_times import known_times, read_times
+from kvrelay.simulator.live_cluster import LiveWorkers
 from kvrelay.simulator.simulation import Simulated, simulate
-from kvrelay.simulator.timing import TimeModel
+from kvrelay.simulator.timing import FormulaTimes, TimeModel
 from kvrelay.workload.run_record import RunRecord, record_of
 from kvrelay.workload.targets import Targets
 from kvrelay.workload.trace import TraceRequest
@@ -38,9 +39,10 @@ class Arms:
     num_prefill: int
     num_decode: int
     num_both: int
-    max_batched_tokens: int
-    store_gib: float
-    link_gb_per_s: float
+    max_batched_tokens: int | None
+    """None, here and below: what the live workers have, or else the default."""
+    store_gib: float | None
+    link_gb_per_s: float | None
     enforce_targets: bool
     seed: int
 
@@ -52,22 +54,33 @@ class Finished:
     arms: Arms
     requests: Sequence[TraceRequest]
     targets: Targets
+    cluster: ClusterConfig
+    live: LiveWorkers | None
     simulated: Simulated
 
     def report(self, name: str, load: Mapping[str, Any]) -> tuple[RunRecord, list[str]]:
         """The record, and sentences for people."""
-        details = details_of(self.simulated, self.requests, self.requests[0].block_tokens)
-        config = {**load, **asdict(self.arms), "times": str(self.arms.times) if self.arms.times else None}
+        hardware, engine = self.cluster.hardware, self.cluster.engine
+        details = details_of(self.simulated, self.requests, hardware.block_tokens)
+        config = {
+            **load,
+            **asdict(self.arms),
+            "times": str(self.arms.times) if self.arms.times else None,
+            "live_times": asdict(self.live.times) if self.live else None,
+            "max_batched_tokens": engine.max_batched_tokens,
+            "store_gib": hardware.store_bytes / 2**30,
+            "link_gb_per_s": hardware.link_bytes_per_s / 1e9,
+        }
         record = record_of(
             self.simulated.outcomes, self.targets, name=name, kind="simulation", config=config, details=details
         )
         return record, notes(details)
 
 
-def run(requests: Sequence[TraceRequest], arms: Arms, targets: Targets) -> Finished:
-    """Leaves with a message when there is no such cluster."""
+def run(requests: Sequence[TraceRequest], arms: Arms, targets: Targets, live: LiveWorkers | None = None) -> Finished:
+    """Workers are like the live ones, if any. Leaves with a message when there is no such cluster."""
     try:
-        config, times = _cluster(arms, requests[0].block_tokens), _times(arms)
+        config, times = _cluster(arms, requests[0], live), FormulaTimes(live.times) if live else _times(arms)
     except OSError as error:
         fail(f"--times {arms.times} cannot be read: {error.strerror}", WRONG_USAGE)
     except ValueError as error:
@@ -77,20 +90,27 @@ def run(requests: Sequence[TraceRequest], arms: Arms, targets: Targets) -> Finis
     enforced = targets if arms.enforce_targets else Targets()
     with _progress(len(requests)) as show:
         simulated = simulate(requests, config, times, schedulers, enforced, show)
-    return Finished(arms=arms, requests=requests, targets=targets, simulated=simulated)
+    return Finished(arms=arms, requests=requests, targets=targets, cluster=config, live=live, simulated=simulated)
 
 
-def _cluster(arms: Arms, block_tokens: int) -> ClusterConfig:
+def _cluster(arms: Arms, request: TraceRequest, live: LiveWorkers | None) -> ClusterConfig:
+    """Blocks are those of the trace; of a trace without prefixes, which knows none, the live workers'."""
+    engine = live.engine if live else EngineLimits()
+    hardware = live.hardware if live else Hardware()
+    if request.block_ids or not live:
+        hardware = replace(hardware, block_tokens=request.block_tokens)
+    if arms.max_batched_tokens is not None:
+        engine = replace(engine, max_batched_tokens=arms.max_batched_tokens)
+    if arms.store_gib is not None:
+        hardware = replace(hardware, store_bytes=int(arms.store_gib * 2**30))
+    if arms.link_gb_per_s is not None:
+        hardware = replace(hardware, link_bytes_per_s=arms.link_gb_per_s * 1e9)
     return ClusterConfig(
         num_prefill=arms.num_prefill,
         num_decode=arms.num_decode,
         num_both=arms.num_both,
-        engine=EngineLimits(max_batched_tokens=arms.max_batched_tokens),
-        hardware=Hardware(
-            block_tokens=block_tokens,
-            store_bytes=int(arms.store_gib * 2**30),
-            link_bytes_per_s=arms.link_gb_per_s * 1e9,
-        ),
+        engine=engine,
+        hardware=hardware,
         seed=arms.seed,
     )
 

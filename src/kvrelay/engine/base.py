@@ -22,6 +22,8 @@ class EngineInfo:
     num_engine_blocks: int
     max_running_requests: int = 0
     """Sequences that it computes at a time; 0 when it does not say."""
+    max_batched_tokens: int = 0
+    """Tokens of one step; 0 when it does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

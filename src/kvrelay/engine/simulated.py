@@ -55,6 +55,7 @@ class SimulatedEngine(Engine):
             vocab_size=config.vocab_size,
             num_engine_blocks=config.num_engine_blocks,
             max_running_requests=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
         )
 
     async def submit(self, request: EngineRequest) -> None:

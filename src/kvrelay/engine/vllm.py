@@ -133,6 +133,7 @@ class VllmEngine(Engine):
             vocab_size=vllm_config.model_config.get_vocab_size(),
             num_engine_blocks=layout.num_engine_blocks,
             max_running_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         )
 
     async def submit(self, request: EngineRequest) -> None:

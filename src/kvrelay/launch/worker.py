@@ -228,4 +228,5 @@ def _worker_info(config: WorkerConfig, engine: EngineInfo, address: str) -> clus
         started_unix_ns=time.time_ns(),
         weight=config.weight,
         max_running_requests=engine.max_running_requests,
+        max_batched_tokens=engine.max_batched_tokens,
     )

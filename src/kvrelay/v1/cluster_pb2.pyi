@@ -78,6 +78,7 @@ class WorkerInfo(_message.Message):
     STARTED_UNIX_NS_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -98,6 +99,8 @@ class WorkerInfo(_message.Message):
     """Share of the load that the policy "weighted" gives it, relative to others; 1 when 0."""
     max_running_requests: _builtins.int
     """Sequences that the engine computes at a time; 0 when unknown."""
+    max_batched_tokens: _builtins.int
+    """Tokens that the engine computes in one step; longer prompts are computed in chunks. 0 when unknown."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     def __init__(
@@ -117,10 +120,11 @@ class WorkerInfo(_message.Message):
         started_unix_ns: _builtins.int = ...,
         weight: _builtins.float = ...,
         max_running_requests: _builtins.int = ...,
+        max_batched_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_model_len_tokens", b"max_model_len_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "weight", b"weight", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_batched_tokens", b"max_batched_tokens", "max_model_len_tokens", b"max_model_len_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "weight", b"weight", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,12 @@ def test_chunks_of_one_step_share_its_fixed_part() -> None:
     assert model.prefill_s([Chunk(10, 5), Chunk(20, 0)]) == pytest.approx(apart - 0.5)
 
 
+def test_the_fixed_part_comes_once_a_prompt() -> None:
+    model = FormulaTimes(TIMES)
+    chunks = [Chunk(10, 0, is_last=False), Chunk(10, 10, is_last=False), Chunk(5, 20)]
+    assert sum(model.prefill_s([chunk]) for chunk in chunks) == pytest.approx(TIMES.prefill_s(25))
+
+
 def test_context_grows_from_step_to_step() -> None:
     steps_s = FormulaTimes(TIMES).steps_s(3, 100, 3)
     assert steps_s.tolist() == pytest.approx([TIMES.step_s(3, 100), TIMES.step_s(3, 103), TIMES.step_s(3, 106)])
