@@ -95,9 +95,12 @@ class Dispatcher:
         for request_id in _ids(flow):
             self._flows[request_id] = flow
         try:
-            self._pool.reserve_sequences(chosen.decode.worker_id, request.request_id, len(request.completions))
+            num_sequences, num_tokens = len(request.completions), len(request.prompt_token_ids)
+            self._pool.reserve_sequences(
+                chosen.decode.worker_id, request.request_id, num_sequences, num_sequences * num_tokens
+            )
             prompt.promise(chosen.decode)
-            self._start(flow, prompt)
+            self._start(flow, prompt, num_tokens - decision.chosen.num_cached_tokens)
         except KvrelayError:
             prompt.retract(chosen.decode)
             for request_id in _ids(flow):  # Some of its messages may be queued already.
@@ -173,15 +176,14 @@ class Dispatcher:
             itl_s=request.terms.itl_s,
         )
 
-    def _start(self, flow: RequestFlow, prompt: IndexedPrompt) -> None:
+    def _start(self, flow: RequestFlow, prompt: IndexedPrompt, num_uncached_tokens: int) -> None:
         prefill = flow.start()
         if prefill is None or flow.plan.prefill is None:
-            request = flow.request
-            self._pool.queue_prompt(flow.plan.decode.worker_id, request.request_id, len(request.prompt_token_ids))
+            self._pool.queue_prompt(flow.plan.decode.worker_id, flow.request.request_id, num_uncached_tokens)
             self._send_decodes(flow)
             return
         try:
-            self._pool.assign_prefill(flow.plan.prefill.worker_id, prefill)
+            self._pool.assign_prefill(flow.plan.prefill.worker_id, prefill, num_uncached_tokens)
             prompt.promise(flow.plan.prefill)
         except (WorkerLostError, OverloadedError) as error:
             _log.warning("prefill not sent", request_id=prefill.request_id, reason=error.message)

@@ -40,14 +40,21 @@ class _Tally:
 class WorkerLoad:
     """What this coordinator has given to a worker, and what the worker reports of everybody's.
 
-    The load is what this coordinator gave, or what the worker reported with all that it was given here since, whichever
-    is more: reports are late, and those of others are known by them alone.
+    What was given here is known at once, and so is that it ended. The rest is as late as the reports: what is above the
+    own is what others gave, and what is below it was computed meanwhile. A report may have been on its way when
+    something was given, so what came since the one before is not taken for computed.
     """
 
     def __init__(self) -> None:
         self._prompts, self._new_prompts = _Tally(), _Tally()
-        self._sequences, self._new_sequences = _Tally(), _Tally()
-        self._status = worker_pb2.WorkerStatus()
+        self._sequences = _Tally()
+        self._num_computed_tokens = 0
+        """Of the own prompts."""
+        self._num_others_prompts = 0
+        self._num_others_tokens = 0
+        self._num_others_sequences = 0
+        self._num_others_context_tokens = 0
+        """What own sequences have generated is in here, too."""
 
     @property
     def has_sequences(self) -> bool:
@@ -56,39 +63,44 @@ class WorkerLoad:
 
     def add_prompt(self, request_id: str, num_tokens: int) -> None:
         """A prompt of which so much is to be computed."""
+        self.remove_prompt(request_id)
         self._prompts.add(request_id, 1, num_tokens)
         self._new_prompts.add(request_id, 1, num_tokens)
 
     def remove_prompt(self, request_id: str) -> bool:
         """It is computed, or will not be; returns whether it was there."""
-        self._new_prompts.remove(request_id)
-        return self._prompts.remove(request_id)
+        before = self._prompts.num_tokens
+        if not self._prompts.remove(request_id):
+            return False
+        if not self._new_prompts.remove(request_id):
+            ended = before - self._prompts.num_tokens
+            self._num_computed_tokens = max(0, self._num_computed_tokens - ended)
+        return True
 
     def add_sequences(self, request_id: str, num_sequences: int, num_tokens: int) -> None:
         """Sequences that are the worker's to generate, with so much context in all."""
         self._sequences.add(request_id, num_sequences, num_tokens)
-        self._new_sequences.add(request_id, num_sequences, num_tokens)
 
     def remove_sequences(self, request_id: str) -> bool:
         """They are over; returns whether they were there."""
-        self._new_sequences.remove(request_id)
         return self._sequences.remove(request_id)
 
     def report(self, status: worker_pb2.WorkerStatus) -> None:
         """Take a worker's report; an empty one forgets the last."""
-        self._status = status
+        prompts, sequences = self._prompts, self._sequences
+        num_tokens = status.num_queued_prompt_tokens
+        self._num_computed_tokens = max(0, prompts.num_tokens - self._new_prompts.num_tokens - num_tokens)
+        self._num_others_tokens = max(0, num_tokens - prompts.num_tokens)
+        self._num_others_prompts = max(0, status.num_queued_prompts - prompts.num)
+        num_in_engine = status.num_running_requests + status.num_waiting_requests - status.num_prefill_jobs
+        self._num_others_sequences = max(0, num_in_engine - sequences.num, status.num_decode_jobs - sequences.num)
+        self._num_others_context_tokens = max(0, status.num_context_tokens - sequences.num_tokens)
         self._new_prompts.clear()
-        self._new_sequences.clear()
 
     def fill(self, view: WorkerView) -> None:
         """Bring the view's figures up to date."""
-        status, new_prompts, new_sequences = self._status, self._new_prompts, self._new_sequences
-        view.num_queued_prompts = max(self._prompts.num, status.num_queued_prompts + new_prompts.num)
-        view.num_queued_prompt_tokens = max(
-            self._prompts.num_tokens, status.num_queued_prompt_tokens + new_prompts.num_tokens
-        )
-        num_in_engine = status.num_running_requests + status.num_waiting_requests - status.num_prefill_jobs
-        view.num_running_requests = max(
-            self._sequences.num, max(num_in_engine, status.num_decode_jobs) + new_sequences.num
-        )
-        view.num_context_tokens = max(self._sequences.num_tokens, status.num_context_tokens + new_sequences.num_tokens)
+        prompts, sequences = self._prompts, self._sequences
+        view.num_queued_prompts = prompts.num + self._num_others_prompts
+        view.num_queued_prompt_tokens = prompts.num_tokens - self._num_computed_tokens + self._num_others_tokens
+        view.num_running_requests = sequences.num + self._num_others_sequences
+        view.num_context_tokens = sequences.num_tokens + self._num_others_context_tokens

@@ -142,8 +142,9 @@ class WorkerPool:
         """The records of those workers."""
         return [member.link.worker for member in self._present()]
 
-    def assign_prefill(self, worker_id: str, message: worker_pb2.Prefill) -> None:
-        """Send a prompt; its tokens count until `end_prefill`, and it is at work until `release_prefill`.
+    def assign_prefill(self, worker_id: str, message: worker_pb2.Prefill, num_tokens: int) -> None:
+        """Send a prompt; the tokens of it that are to be computed count until `end_prefill`, and it is at work until
+        `release_prefill`.
 
         Raises like `WorkerLink.send`.
         """
@@ -151,10 +152,10 @@ class WorkerPool:
         member.link.send(worker_pb2.CoordinatorMessage(prefill=message))
         member.prefills.add(message.request_id)
         member.view.num_assigned += 1
-        self.queue_prompt(worker_id, message.request_id, len(message.prompt_token_ids))
+        self.queue_prompt(worker_id, message.request_id, num_tokens)
 
     def queue_prompt(self, worker_id: str, request_id: str, num_tokens: int) -> None:
-        """Count a prompt that the worker is to compute, until `end_prefill`; also one that it gets with its decode."""
+        """Count what the worker is to compute of a prompt, until `end_prefill`; also of one that comes with its decode."""
         member = self._member(worker_id)
         member.load.add_prompt(request_id, num_tokens)
         member.load.fill(member.view)

@@ -1,4 +1,4 @@
-"""Does a worker idle while a request waits at another one of its role?"""
+"""Does a worker idle while a request waits, at another one of its role or in a coordinator?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class _Group:
 class Balance:
     """Sums up the worker-seconds in which a worker was idle and a request waited to begin at another one of its role.
 
-    As many idle workers count at a time as requests wait.
+    As many idle workers count at a time as requests wait. Those that wait in a coordinator wait for the workers whose
+    role is to compute prompts.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,13 @@ class Balance:
                 was_idle, num_waited = is_idle, num_waiting
 
         worker.listeners.append(on_touch)
+
+    def queued(self, now_s: float, change: int) -> None:
+        """So many more requests wait in coordinators."""
+        for role in ("prefill", "both", "decode"):
+            if role in self._groups:
+                self._groups[role].change(now_s, 0, change)
+                break
 
     def idle_while_waiting(self, duration_s: float) -> dict[str, float]:
         """Role -> share of its workers' time."""

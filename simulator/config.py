@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvrelay.coordinator.admission.config import AdmissionConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
@@ -58,6 +60,8 @@ class ClusterConfig:
     """Workers with both roles."""
     engine: EngineLimits = field(default_factory=EngineLimits)
     hardware: Hardware = field(default_factory=Hardware)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """Of each coordinator's queue."""
     report_interval_s: float = 0.25
     """Between two reports of a worker's load."""
     publish_interval_s: float = 0.2

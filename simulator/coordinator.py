@@ -1,4 +1,4 @@
-"""What does a simulated coordinator do with a request? Match, plan, dispatch, account, with the code that is real."""
+"""What does a simulated coordinator do with a request? Admit, match, plan, dispatch, account: all with the real code."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.keys import prefix_keys
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
+from kvrelay.coordinator.worker_load import WorkerLoad
 from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+from kvrelay.simulator.admission import AdmissionCalls, SimulatedAdmission
 from kvrelay.simulator.block_names import BlockNamer
 from kvrelay.simulator.events import EventLoop
 from kvrelay.simulator.host_store import StoreChange
 from kvrelay.simulator.job import Job
-from kvrelay.simulator.load_account import LoadAccount
-from kvrelay.simulator.worker import LoadReport, SimulatedWorker
+from kvrelay.simulator.worker import SimulatedWorker
+from kvrelay.v1 import worker_pb2
 from kvrelay.workload.outcome import Outcome, Status
 from kvrelay.workload.targets import Targets
 from kvrelay.workload.trace import TraceRequest
@@ -35,6 +38,30 @@ class PlanCounts:
     """Of both, those with blocks fetched from a third."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Of all requests."""
+
+    targets: Targets
+    """Plans are to meet them."""
+    admission: AdmissionConfig
+    on_waiting: Callable[[int], None]
+    """Called with 1 when a request begins to wait for a worker's room, and with -1 when it does not any more."""
+
+
+class _Known:
+    """A worker, as far as a coordinator knows it."""
+
+    def __init__(self, view: WorkerView) -> None:
+        self.view = view
+        self.load = WorkerLoad()
+
+    @property
+    def has_work(self) -> bool:
+        view = self.view
+        return bool(view.num_queued_prompts or view.num_queued_prompt_tokens or view.num_running_requests)
+
+
 class SimulatedCoordinator:
     """Has its own scheduler, index and accounts, as a process has. What it knows of workers is as late as it is."""
 
@@ -44,6 +71,8 @@ class SimulatedCoordinator:
         scheduler: Scheduler,
         workers: Sequence[SimulatedWorker],
         views: Sequence[WorkerView],
+        namer: BlockNamer,
+        terms: Terms,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         self._loop = loop
@@ -53,14 +82,27 @@ class SimulatedCoordinator:
         self._message_s = hardware.message_s
         self._block_tokens = hardware.block_tokens
         self._views = views
-        self.accounts = {view.worker_id: LoadAccount(view, hardware.message_s) for view in views}
+        self._known = {view.worker_id: _Known(view) for view in views}
         self._index = PrefixIndex()
+        self._namer = namer
+        self._targets = terms.targets
         self._on_outcome = on_outcome
+        calls = AdmissionCalls(start=self._start, refuse=self._refuse, waiting=terms.on_waiting)
+        self._admission = SimulatedAdmission(loop, views, terms.admission, calls)
         self.counts = PlanCounts()
 
-    def submit(self, request: TraceRequest, namer: BlockNamer, targets: Targets) -> None:
+    def submit(self, request: TraceRequest) -> None:
         """Serve a request, or refuse it; in any case its outcome follows, once."""
-        now_s = self._loop.now_s
+        try:
+            _check_length(request, self._views)
+        except InvalidRequestError as error:
+            self._refuse(request, error)
+            return
+        self._admission.submit(request, self._targets.ttft_s)
+
+    def _start(self, request: TraceRequest, ttft_s: float | None) -> None:
+        """Its turn has come."""
+        now_s, namer = self._loop.now_s, self._namer
         names = namer.prompt(request)
         keys = prefix_keys(names[: request.num_prompt_tokens // self._block_tokens])
         self._index.expire(now_s)
@@ -69,14 +111,13 @@ class SimulatedCoordinator:
             num_prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.num_output_tokens,
             num_stored_blocks=self._index.match(keys) if len(keys) else {},
-            ttft_s=targets.ttft_s,
-            itl_s=targets.itl_s,
+            ttft_s=ttft_s,
+            itl_s=self._targets.itl_s,
         )
         try:
-            _check_length(request, self._views)
             plan = self._scheduler.plan(shape, self._views).plan
         except KvrelayError as error:
-            self._on_outcome(_refusal(request, error))
+            self._refuse(request, error)
             return
         for worker in (plan.decode, plan.prefill):
             if worker is not None:
@@ -93,14 +134,33 @@ class SimulatedCoordinator:
             self._num_uncached_tokens(shape, plan),
         )
 
-    def take_report(self, worker_id: str, report: LoadReport) -> None:
+    @property
+    def is_idle(self) -> bool:
+        """Whether it knows of nothing that any worker has to do."""
+        return not any(known.has_work for known in self._known.values())
+
+    def take_report(self, worker_id: str, status: worker_pb2.WorkerStatus) -> None:
         """What a worker tells of its load."""
-        self.accounts[worker_id].take(report)
+        known = self._known[worker_id]
+        known.load.report(status)
+        self._changed(known)
 
     def take_change(self, worker_id: str, change: StoreChange) -> None:
         """What a worker tells of its blocks."""
         self._index.remove(worker_id, prefix_keys(change.removed))
         self._index.add(worker_id, prefix_keys(change.added))
+
+    def _refuse(self, request: TraceRequest, error: KvrelayError) -> None:
+        rejected = isinstance(error, OverloadedError)
+        self._on_outcome(
+            Outcome(
+                index=request.index,
+                arrived_s=request.arrived_s,
+                status=Status.REJECTED if rejected else Status.FAILED,
+                num_prompt_tokens=request.num_prompt_tokens,
+                error="" if rejected else error.message,
+            )
+        )
 
     def _num_uncached_tokens(self, shape: RequestShape, plan: Plan) -> int:
         """Of the prompt, where it is computed, as far as the index knows."""
@@ -108,11 +168,18 @@ class SimulatedCoordinator:
         num_blocks = max(shape.num_stored_blocks.get(worker.worker_id, 0) for worker in having)
         return max(1, shape.num_prompt_tokens - num_blocks * self._block_tokens)
 
+    def _changed(self, known: _Known) -> None:
+        known.load.fill(known.view)
+        self._admission.changed()
+
     def _dispatch(self, job: Job, num_uncached_tokens: int) -> None:
-        index, now_s = job.request.index, self._loop.now_s
         self.counts.num_fetched += job.source is not None
-        self.accounts[job.decode.worker_id].add_sequence(index, job.request.num_prompt_tokens)
-        self.accounts[job.computing.worker_id].add_prompt(index, num_uncached_tokens, now_s)
+        decoding, computing = self._known[job.decode.worker_id], self._known[job.computing.worker_id]
+        decoding.load.add_sequences(job.request_id, 1, job.request.num_prompt_tokens)
+        computing.load.add_prompt(job.request_id, num_uncached_tokens)
+        for known in (decoding, computing):
+            known.view.num_assigned += 1
+            known.load.fill(known.view)
         if job.prefill is None:
             self.counts.num_local += 1
             self._send_decode(job)
@@ -121,12 +188,13 @@ class SimulatedCoordinator:
             self._loop.after(self._message_s, job.prefill.prefill, job, partial(self._on_prefilled, job))
 
     def _send_decode(self, job: Job) -> None:
-        self.accounts[job.decode.worker_id].send_sequence(job.request.index, self._loop.now_s)
         on_first, on_finished = partial(self._on_first_token, job), partial(self._on_finished, job)
         self._loop.after(self._message_s, job.decode.decode, job, on_first, on_finished)
 
     def _on_first_token(self, job: Job) -> None:
-        self.accounts[job.computing.worker_id].end_prompt(job.request.index)
+        known = self._known[job.computing.worker_id]
+        known.load.remove_prompt(job.request_id)
+        self._changed(known)
 
     def _on_prefilled(self, job: Job) -> None:
         self._on_first_token(job)
@@ -137,7 +205,9 @@ class SimulatedCoordinator:
             self._on_finished(job)
 
     def _on_finished(self, job: Job) -> None:
-        self.accounts[job.decode.worker_id].end_sequence(job.request.index)
+        known = self._known[job.decode.worker_id]
+        known.load.remove_sequences(job.request_id)
+        self._changed(known)
         self._on_outcome(job.outcome(self._message_s))
 
 
@@ -147,14 +217,3 @@ def _check_length(request: TraceRequest, views: Sequence[WorkerView]) -> None:
     num_tokens = request.num_prompt_tokens + request.num_output_tokens
     if num_tokens > longest:
         raise InvalidRequestError(f"prompt and answer are longer than the {longest} tokens that engines have room for")
-
-
-def _refusal(request: TraceRequest, error: KvrelayError) -> Outcome:
-    rejected = isinstance(error, OverloadedError)
-    return Outcome(
-        index=request.index,
-        arrived_s=request.arrived_s,
-        status=Status.REJECTED if rejected else Status.FAILED,
-        num_prompt_tokens=request.num_prompt_tokens,
-        error="" if rejected else error.message,
-    )

@@ -53,7 +53,7 @@ def notes(details: dict[str, Any]) -> list[str]:
         said.append(f"Prefix hits: {details['oracle_hit_share']:.1%} of those of an oracle with one store for all.")
     for role, busy in details["busy_share"].items():
         idle = details["idle_while_waiting_share"][role]
-        said.append(f"Workers for {role}: busy {busy:.1%}; idle while a request waited at another one {idle:.2%}.")
+        said.append(f"Workers for {role}: busy {busy:.1%}; idle while a request waited elsewhere {idle:.2%}.")
     if details["num_preemptions"]:
         said.append(f"{details['num_preemptions']:,} times an engine was short of memory and preempted a request.")
     return said

@@ -40,6 +40,10 @@ class Job:
     _waiting: Callable[[], None] | None = None
 
     @property
+    def request_id(self) -> str:
+        return str(self.request.index)
+
+    @property
     def computing(self) -> SimulatedWorker:
         """Who computes the prompt."""
         return self.prefill or self.decode

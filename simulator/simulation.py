@@ -14,7 +14,7 @@ from kvrelay.simulator.belief import believed_times
 from kvrelay.simulator.block_names import BlockNamer
 from kvrelay.simulator.cluster import make_views, make_workers
 from kvrelay.simulator.config import ClusterConfig
-from kvrelay.simulator.coordinator import SimulatedCoordinator
+from kvrelay.simulator.coordinator import SimulatedCoordinator, Terms
 from kvrelay.simulator.events import EventLoop
 from kvrelay.simulator.telling import connect
 from kvrelay.simulator.timing import TimeModel
@@ -39,7 +39,7 @@ class Simulated:
     duration_s: float
     """Until nothing was left to do."""
     idle_while_waiting: dict[str, float]
-    """Role -> share of its workers' time in which they were idle while a request waited at another one of them."""
+    """Role -> share of its workers' time in which they were idle while a request waited, at another one or in a coordinator."""
     num_events: int
 
 
@@ -63,22 +63,28 @@ def simulate(
     def on_outcome(outcome: Outcome) -> None:
         outcomes[outcome.index] = outcome
 
+    namer = BlockNamer(config.hardware.block_tokens)
+
+    def on_waiting(change: int) -> None:
+        balance.queued(loop.now_s, change)
+
+    terms = Terms(targets=targets, admission=config.admission, on_waiting=on_waiting)
     coordinators = [
-        SimulatedCoordinator(loop, scheduler, workers, make_views(workers, config, believed), on_outcome)
+        SimulatedCoordinator(loop, scheduler, workers, make_views(workers, config, believed), namer, terms, on_outcome)
         for scheduler in schedulers
     ]
     phases = np.random.default_rng(config.seed).random(len(workers)).tolist()
     for worker, phase in zip(workers, phases, strict=True):
         connect(worker, coordinators, config, phase)
         balance.follow(worker)
-    namer, turns = BlockNamer(config.hardware.block_tokens), cycle(coordinators)
+    turns = cycle(coordinators)
 
     def arrive(number: int) -> None:
         if number % _PROGRESS_EVERY == 0:
             on_progress(number, len(outcomes))
         if number + 1 < len(requests):
             loop.at(requests[number + 1].arrived_s, arrive, number + 1)
-        next(turns).submit(requests[number], namer, targets)
+        next(turns).submit(requests[number])
 
     loop.at(requests[0].arrived_s, arrive, 0)
     loop.run()

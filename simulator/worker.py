@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvrelay.simulator.config import Hardware
 from kvrelay.simulator.decode_run import DecodeRun
@@ -14,18 +13,7 @@ from kvrelay.simulator.job import Job
 from kvrelay.simulator.links import Links
 from kvrelay.simulator.prefill_run import PrefillRun
 from kvrelay.simulator.sequence import EngineSequence
-from kvrelay.v1 import cluster_pb2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """What a worker tells coordinators of its load; of its `WorkerStatus`, what schedulers read."""
-
-    time_s: float
-    num_queued_prompt_tokens: int
-    num_prefill_jobs: int
-    num_decode_jobs: int
-    num_context_tokens: int
+from kvrelay.v1 import cluster_pb2, worker_pb2
 
 
 class SimulatedWorker:
@@ -48,6 +36,8 @@ class SimulatedWorker:
         """Prompt tokens that it has computed."""
         self._num_prefill_jobs = 0
         self._num_decode_jobs = 0
+        self._num_queued_prompts = 0
+        """That have no token yet."""
         self._num_coming_tokens = 0
         """Of prompts that are to be computed, and whose stored part is not with the engine yet."""
         self.listeners: list[Callable[[], None]] = []
@@ -87,6 +77,10 @@ class SimulatedWorker:
         """Nothing is to be generated from the blocks that have come for a job."""
         self.store.unpin(job.decode_pins)
         job.decode_pins = []
+
+    def prompt_ended(self) -> None:
+        """It has its first token."""
+        self._num_queued_prompts -= 1
 
     def prefill_ended(self) -> None:
         self._num_prefill_jobs -= 1
@@ -128,6 +122,7 @@ class SimulatedWorker:
 
     def load_and_submit(self, sequence: EngineSequence) -> None:
         """Load what the sequence has computed already, and let it wait for the engine."""
+        self._num_queued_prompts += 1
         self._num_coming_tokens += sequence.num_uncomputed_tokens
         load_s = sequence.num_computed_tokens * self.hardware.token_bytes / self.hardware.load_bytes_per_s
         self.loop.after(load_s, self._loaded, sequence)
@@ -141,10 +136,11 @@ class SimulatedWorker:
         num_bytes = num_blocks * self.hardware.block_tokens * self.hardware.token_bytes
         return self._links.send(self.worker_id, target.worker_id, num_bytes, self.loop.now_s)
 
-    def report(self) -> LoadReport:
+    def report(self) -> worker_pb2.WorkerStatus:
+        """Of a worker's status, what coordinators read of its load."""
         engine = self.engine
-        return LoadReport(
-            time_s=self.loop.now_s,
+        return worker_pb2.WorkerStatus(
+            num_queued_prompts=self._num_queued_prompts,
             num_queued_prompt_tokens=engine.num_queued_tokens + self._num_coming_tokens,
             num_prefill_jobs=self._num_prefill_jobs,
             num_decode_jobs=self._num_decode_jobs,

@@ -12,10 +12,10 @@ class CostConfig:
 
     local_prefill: Literal["when-cheaper", "never", "always"] = "when-cheaper"
     """Whether decode workers compute prompts; "never" lets them only where no prefill worker can."""
-    decode_weight: float = 0.16
+    decode_weight: float = 0.08
     """What a second that a generating sequence loses counts, beside a second before a first token.
 
-    As the targets stand to each other: a delay of 1 % is 20 ms of a TTFT of 2 s, and 128 ms of 256 tokens at 50 ms.
+    As the targets stand to each other: a delay of 1 % is 20 ms of a TTFT of 2 s, and 256 ms of 256 tokens at 100 ms.
     """
     crowding_weight: float = 0.5
     """What a second of a worker's time counts for each prompt that waits at one, on average: others come after."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.decision import Candidate, Decision, Plan
 from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
@@ -34,6 +36,7 @@ HARDWARE = Hardware(
 )
 """A block travels for 0.1 s."""
 LIMITS = EngineLimits(max_batched_tokens=100, max_running_requests=8, capacity_tokens=1000)
+NO_WAITING = AdmissionConfig(dispatch_ahead_s=math.inf)
 
 Choose = Callable[[RequestShape, dict[str, WorkerView]], tuple[str | None, str, str | None]]
 """Ids of the prefill worker, the decode worker and the source."""
@@ -66,7 +69,8 @@ class ChosenScheduler(Scheduler):
 
 
 def cluster(num_prefill: int = 1, num_decode: int = 1, **changed: object) -> ClusterConfig:
-    fields: dict[str, object] = {"engine": LIMITS, "hardware": HARDWARE} | changed
+    """Nothing waits in a coordinator, unless its admission is among what is changed."""
+    fields: dict[str, object] = {"engine": LIMITS, "hardware": HARDWARE, "admission": NO_WAITING} | changed
     return ClusterConfig(num_prefill=num_prefill, num_decode=num_decode, **fields)  # type: ignore[arg-type]
 
 
@@ -81,5 +85,7 @@ def request(index: int, arrived_s: float, num_prompt: int, num_output: int, *blo
     )
 
 
-def run(requests: Sequence[TraceRequest], config: ClusterConfig, *schedulers: Scheduler) -> Simulated:
-    return simulate(requests, config, FormulaTimes(STEP_TIMES), schedulers, Targets())
+def run(
+    requests: Sequence[TraceRequest], config: ClusterConfig, *schedulers: Scheduler, ttft_s: float | None = None
+) -> Simulated:
+    return simulate(requests, config, FormulaTimes(STEP_TIMES), schedulers, Targets(ttft_s=ttft_s))

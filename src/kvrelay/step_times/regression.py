@@ -11,6 +11,8 @@ _DAMPING = 0.01
 """What the latest coefficients count beside the samples: where these say nothing, the coefficients stay."""
 _CLIP_SPREADS = 3.0
 _MIN_CLIP = 0.3
+_LEARNT_SPREAD = 0.5
+"""Below it, predictions are near enough to tell what a sample should count."""
 _MAX_CLIPPED_RUN = 5
 """So many samples in a row off to one side are a change, not outliers."""
 _TINY_S = 1e-6
@@ -52,8 +54,10 @@ class OnlineRegression:
         if self._note(features, seconds, clipped != error, error > 0):
             self._restart()
         else:
-            # The longer of the two: a guess that is far too short must not make its errors the ones that count.
-            self._accumulate(features, predicted * (1.0 + clipped), max(predicted, seconds))
+            # By the prediction alone, or slow samples would count for less than fast ones and the mean come out too
+            # short; but a guess that is far too short must not make its errors the ones that count.
+            scale = predicted if self._spread < _LEARNT_SPREAD else max(predicted, seconds)
+            self._accumulate(features, predicted * (1.0 + clipped), scale)
         self.coefficients = self._solve()
 
     def _note(self, features: Sequence[float], seconds: float, is_clipped: bool, is_over: bool) -> bool:

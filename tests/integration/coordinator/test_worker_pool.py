@@ -90,7 +90,7 @@ async def test_load_counts_what_was_given_and_not_yet_done(start_worker: StartWo
         pool.join(decoder.info)
         await connected(pool, "p1", "d1")
         views = {view.worker_id: view for view in pool.views()}
-        pool.assign_prefill("p1", worker_pb2.Prefill(request_id="r", prompt_token_ids=[1] * 30))
+        pool.assign_prefill("p1", worker_pb2.Prefill(request_id="r", prompt_token_ids=[1] * 30), 30)
         pool.reserve_sequences("d1", "r", 4)
         assert views["p1"].num_queued_prompt_tokens == 30
         assert views["d1"].num_running_requests == 4
@@ -194,7 +194,7 @@ async def test_worker_that_leaves_finishes_what_it_has(start_worker: StartWorker
         pool.join(worker.info)
         await connected(pool, "d1")
         pool.reserve_sequences("d1", "r", 1)
-        pool.assign_prefill("d1", worker_pb2.Prefill(request_id="r", prompt_token_ids=[1]))
+        pool.assign_prefill("d1", worker_pb2.Prefill(request_id="r", prompt_token_ids=[1]), 1)
         pool.leave("d1")
         assert not pool.views()
         pool.send_decode("d1", decode("r"))

@@ -178,7 +178,7 @@ def assert_clean(ran: Simulated) -> None:
             0,
         )
     for coordinator in ran.coordinators:
-        assert all(not account.num_own for account in coordinator.accounts.values())
+        assert coordinator.is_idle
 
 
 @settings(deadline=None, max_examples=60)

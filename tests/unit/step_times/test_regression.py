@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from statistics import fmean
 
 import pytest
 from hypothesis import given
@@ -59,6 +60,18 @@ def test_an_outlier_changes_little(factor: float) -> None:
     x = (1.0, 2000, 2e6)
     regression.add(x, factor * seconds(TRUE, x))
     assert worst_error(regression, TRUE) < 0.15
+
+
+def test_where_times_vary_the_mean_is_right() -> None:
+    regression, rng = OnlineRegression(GUESS), random.Random(5)
+    ratios = []
+    for index in range(2000):
+        x = features(rng)
+        true = seconds(TRUE, x)
+        if index >= 100:
+            ratios.append(regression.predict(x) / true)
+        regression.add(x, true * rng.choice((0.7, 1.3)))
+    assert fmean(ratios) == pytest.approx(1.0, abs=0.03)
 
 
 def test_one_measurement_in_ten_may_be_ten_times_too_long() -> None:
