@@ -1,7 +1,7 @@
 """Does the simulator say what a real cluster does? The same loads on both, one prefill and one decode worker.
 
 `kvrelay up` with vLLM on the CPU, and random prompts of 32 to 1,000 tokens that come at random times, at shares of what
-the prefill worker can compute. While such a load is served, its workers are asked again and again what prompts and steps
+the prefill worker can compute. While such a load is served, workers are asked again and again what prompts and steps
 take, as `kvrelay simulate --live` asks; the simulator then gets the same load and the means of these answers. All loads
 are served in turns, several times, since machines have slow minutes; the ratios are medians over the rounds.
 """
@@ -62,7 +62,7 @@ class Served:
 
 def load_of(num_requests: int, gap_s: float, seed: int) -> list[TraceRequest]:
     """Prompts of log-uniform lengths that come by a Poisson process, stretched to the mean gap that is wanted."""
-    numbers = random.Random(seed)  # noqa: S311
+    numbers = random.Random(seed)
     low, high = (math.log(bound) for bound in PROMPT_TOKENS)
     arrivals, requests = 0.0, []
     for index in range(num_requests):

@@ -88,7 +88,12 @@ class ClusterEngine(EngineControls):
         dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
         self._dispatcher = Dispatcher(pool, self._sink, scheduler, index or PrefixIndex(), dispatcher_config)
         admission = self._config.admission
-        capacity = WorkerCapacity(pool.views, front_end.served_model_name, dispatch_ahead_s=admission.dispatch_ahead_s)
+        capacity = WorkerCapacity(
+            pool.views,
+            front_end.served_model_name,
+            dispatch_ahead_s=admission.dispatch_ahead_s,
+            may_prefill_locally=scheduler.may_prefill_locally,
+        )
         self._admitting = Admitting(self._dispatcher, self._sink.refuse, admission, capacity)
         self._workers_changed = asyncio.Event()
         self.intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)

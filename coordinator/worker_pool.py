@@ -155,7 +155,7 @@ class WorkerPool:
         self.queue_prompt(worker_id, message.request_id, num_tokens)
 
     def queue_prompt(self, worker_id: str, request_id: str, num_tokens: int) -> None:
-        """Count what the worker is to compute of a prompt, until `end_prefill`; also of one that comes with its decode."""
+        """Count what the worker is to compute of a prompt, with its decode or before, until `end_prefill`."""
         member = self._member(worker_id)
         member.load.add_prompt(request_id, num_tokens)
         member.load.fill(member.view)

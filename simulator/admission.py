@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvrelay.coordinator.admission.capacity import WorkerCapacity
+from kvrelay.coordinator.admission.capacity import Capacity
 from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.admission.queue import AdmissionQueue, Offer
 from kvrelay.coordinator.admission.ticket import Ticket
-from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.errors import OverloadedError
 from kvrelay.simulator.events import EventLoop
 from kvrelay.workload.trace import TraceRequest
@@ -33,10 +32,7 @@ class AdmissionCalls:
 class SimulatedAdmission:
     """Does under virtual time what `kvrelay.coordinator.admitting.Admitting` does; all requests are of one tenant."""
 
-    def __init__(
-        self, loop: EventLoop, views: Sequence[WorkerView], config: AdmissionConfig, calls: AdmissionCalls
-    ) -> None:
-        capacity = WorkerCapacity(lambda: views, views[0].model, dispatch_ahead_s=config.dispatch_ahead_s)
+    def __init__(self, loop: EventLoop, capacity: Capacity, config: AdmissionConfig, calls: AdmissionCalls) -> None:
         self._loop = loop
         self._queue = AdmissionQueue(config, capacity)
         self._expected_output_tokens = config.expected_output_tokens

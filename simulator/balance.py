@@ -29,8 +29,8 @@ class _Group:
 class Balance:
     """Sums up the worker-seconds in which a worker was idle and a request waited to begin at another one of its role.
 
-    As many idle workers count at a time as requests wait. Those that wait in a coordinator wait for the workers whose
-    role is to compute prompts.
+    Idle is who has no request, not who waits for the blocks of one. As many idle workers count at a time as requests
+    wait. Those that wait in a coordinator wait for the workers whose role is to compute prompts.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Balance:
 
         def on_touch() -> None:
             nonlocal was_idle, num_waited
-            is_idle, num_waiting = engine.is_idle, engine.num_waiting
+            is_idle, num_waiting = not worker.num_jobs, engine.num_waiting
             if (is_idle, num_waiting) != (was_idle, num_waited):
                 group.change(worker.loop.now_s, is_idle - was_idle, num_waiting - num_waited)
                 was_idle, num_waited = is_idle, num_waiting

@@ -17,6 +17,8 @@ class Step:
     num_free_tokens: int = 0
     """What the step could still compute."""
     prompts: list[tuple[EngineSequence, int]] = field(default_factory=list)
+    load_s: float = 0.0
+    """For what is loaded before it, of sequences that begin."""
 
     def add(self, sequence: EngineSequence) -> None:
         """As much of a prompt as the step has room for."""
@@ -97,6 +99,7 @@ class Batch:
             self.free_tokens -= sequence.num_tokens
             if not sequence.started:
                 sequence.started = True
+                step.load_s += sequence.load_s
                 sequence.listener.on_started(sequence)
             if sequence.num_uncomputed_tokens <= 1:
                 self._decode(sequence)

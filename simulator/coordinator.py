@@ -1,4 +1,4 @@
-"""What does a simulated coordinator do with a request? Admit, match, plan, dispatch, account: all with the real code."""
+"""What does a simulated coordinator do with a request? Admit, match, plan, dispatch, account; the code is real."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvrelay.coordinator.admission.capacity import WorkerCapacity
 from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.keys import prefix_keys
@@ -88,7 +89,13 @@ class SimulatedCoordinator:
         self._targets = terms.targets
         self._on_outcome = on_outcome
         calls = AdmissionCalls(start=self._start, refuse=self._refuse, waiting=terms.on_waiting)
-        self._admission = SimulatedAdmission(loop, views, terms.admission, calls)
+        capacity = WorkerCapacity(
+            lambda: views,
+            views[0].model,
+            dispatch_ahead_s=terms.admission.dispatch_ahead_s,
+            may_prefill_locally=scheduler.may_prefill_locally,
+        )
+        self._admission = SimulatedAdmission(loop, capacity, terms.admission, calls)
         self.counts = PlanCounts()
 
     def submit(self, request: TraceRequest) -> None:

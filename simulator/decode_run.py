@@ -40,7 +40,7 @@ class DecodeRun:
         job, worker = self._job, self._worker
         self._pins = pins
         worker.let_go(job)
-        worker.load_and_submit(
+        worker.submit(
             EngineSequence(
                 listener=self,
                 num_prompt_tokens=job.request.num_prompt_tokens + self._num_sampled,

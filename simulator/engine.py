@@ -94,11 +94,12 @@ class SimulatedEngine:
         if self._step.prompts:
             chunks = self._step.chunks()
             step_s = mixed_step_s(self._times, chunks, self._num_stepping, batch.num_decoding_tokens)
-            self._run(np.array([now_s + step_s]))
+            self._run(np.array([now_s + self._step.load_s + step_s]))
         elif batch.decoding:
-            num_steps = min(batch.num_steps_ahead(), _MOST_STEPS) if self._leaps else 1
+            leaps = self._leaps and not self._step.load_s
+            num_steps = min(batch.num_steps_ahead(), _MOST_STEPS) if leaps else 1
             steps_s = self._times.steps_s(self._num_stepping, batch.num_decoding_tokens, num_steps)
-            self._run(np.add.accumulate(np.concatenate(([now_s], steps_s)))[1:])
+            self._run(np.add.accumulate(np.concatenate(([now_s + self._step.load_s], steps_s)))[1:])
 
     def _run(self, ends_s: Seconds) -> None:
         self._ends_s = ends_s

@@ -34,7 +34,7 @@ class PrefillRun:
 
     def _submit(self, pins: list[int]) -> None:
         self._pins = pins
-        self._worker.load_and_submit(
+        self._worker.submit(
             EngineSequence(
                 listener=self,
                 num_prompt_tokens=self._job.request.num_prompt_tokens,

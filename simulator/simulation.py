@@ -39,7 +39,7 @@ class Simulated:
     duration_s: float
     """Until nothing was left to do."""
     idle_while_waiting: dict[str, float]
-    """Role -> share of its workers' time in which they were idle while a request waited, at another one or in a coordinator."""
+    """Role -> share of its workers' time in which they had no request while one waited elsewhere."""
     num_events: int
 
 

@@ -39,7 +39,7 @@ class SimulatedWorker:
         self._num_queued_prompts = 0
         """That have no token yet."""
         self._num_coming_tokens = 0
-        """Of prompts that are to be computed, and whose stored part is not with the engine yet."""
+        """Of prompts that are to be computed, and of which a part is being fetched."""
         self.listeners: list[Callable[[], None]] = []
         """Called when load or store may have changed."""
         self.engine.on_change = self.touch
@@ -120,15 +120,10 @@ class SimulatedWorker:
         num_prompt_tokens = job.request.num_prompt_tokens
         return min(num_blocks * self.hardware.block_tokens, num_prompt_tokens, num_prompt_tokens + num_sampled - 1)
 
-    def load_and_submit(self, sequence: EngineSequence) -> None:
-        """Load what the sequence has computed already, and let it wait for the engine."""
+    def submit(self, sequence: EngineSequence) -> None:
+        """Let it wait for the engine, which loads what is stored of it when it begins, as vLLM does."""
         self._num_queued_prompts += 1
-        self._num_coming_tokens += sequence.num_uncomputed_tokens
-        load_s = sequence.num_computed_tokens * self.hardware.token_bytes / self.hardware.load_bytes_per_s
-        self.loop.after(load_s, self._loaded, sequence)
-
-    def _loaded(self, sequence: EngineSequence) -> None:
-        self._num_coming_tokens -= sequence.num_uncomputed_tokens
+        sequence.load_s = sequence.num_computed_tokens * self.hardware.token_bytes / self.hardware.load_bytes_per_s
         self.engine.submit(sequence)
 
     def send(self, target: SimulatedWorker, num_blocks: int) -> float:

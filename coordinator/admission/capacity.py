@@ -29,13 +29,22 @@ class WorkerCapacity:
     There is room while one that computes prompts is done with those it has within `dispatch_ahead_s`, and one that
     generates can take another sequence soon. So requests wait here, where their order can still change, and a little
     of the work waits at the workers, so that none of them is idle while a request is on its way. Decode workers compute
-    prompts where there is no prefill worker, and when they have nothing else to do.
+    prompts where there is no prefill worker, and when they have nothing else to do; beside other work only where the
+    policy may choose them for it, and then it also decides when that is worth while.
     """
 
-    def __init__(self, views: Callable[[], Collection[WorkerView]], model: str, *, dispatch_ahead_s: float) -> None:
+    def __init__(
+        self,
+        views: Callable[[], Collection[WorkerView]],
+        model: str,
+        *,
+        dispatch_ahead_s: float,
+        may_prefill_locally: bool,
+    ) -> None:
         self._views = views
         self._model = model
         self._ahead_s = dispatch_ahead_s
+        self._may_prefill_locally = may_prefill_locally
 
     def has_room(self) -> bool:
         computes = generates = any_prefill = any_decode = busy_decode_computes = False
@@ -47,7 +56,7 @@ class WorkerCapacity:
                 any_decode = True
                 generates = generates or _takes_sequences(view)
             if not computes and (not view.num_queued_prompt_tokens or wait_s(view) < self._ahead_s):
-                computes = view.prefills or not view.num_running_requests
+                computes = view.prefills or self._may_prefill_locally or not view.num_running_requests
                 busy_decode_computes = True
             if computes and generates:
                 return True

@@ -18,6 +18,8 @@ class Scheduler(ABC):
 
     name: ClassVar[str]
     """As on the command line."""
+    may_prefill_locally = False
+    """Whether a decode worker may be chosen to compute a prompt although there are prefill workers."""
 
     @abstractmethod
     def plan(self, request: RequestShape, workers: Sequence[WorkerView]) -> Decision:

@@ -35,6 +35,7 @@ class CostScheduler(Scheduler):
     def __init__(self, seed: int = 0, config: CostConfig | None = None) -> None:
         self._random = random.Random(seed).random  # noqa: S311
         self._config = config or CostConfig()
+        self.may_prefill_locally = self._config.local_prefill != "never"
 
     def plan(self, request: RequestShape, workers: Sequence[WorkerView]) -> Decision:
         """See `Scheduler.plan`."""
@@ -63,8 +64,10 @@ class CostScheduler(Scheduler):
         best = min(options, key=_by_cost)
         limit = best.cost + max(self._config.near_s, self._config.near_share * best.ttft_s)
         near = [option for option in options if option.cost <= limit]
+        # Of a long prompt, 3 % are longer than a short one: who has nothing to do comes first.
+        near = [option for option in near if not option.prompt.wait_s] or near
         if len(near) == 1:
-            return best
+            return near[0]
         one, other = (near[int(self._random() * len(near))] for _ in range(2))
         return min(one, other, key=_load)
 

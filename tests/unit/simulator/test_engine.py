@@ -156,3 +156,17 @@ def test_memory_is_never_overdrawn(load: list[tuple[float, int, int, int]], capa
     rig.loop.run()
     assert min(used) >= 0
     assert max(used) <= capacity
+
+
+def test_what_is_stored_is_loaded_in_the_step_that_begins_with_it() -> None:
+    rig = Rig()
+    loaded, other = rig.submit(0.0, 100, 2, num_computed=50), rig.submit(0.0, 50, 2)
+    loaded.load_s = 3.0
+    decoding = rig.submit(0.0, 101, 2, num_computed=100)
+    decoding.load_s = 2.0
+    rig.loop.run()
+    # The first one begins at once, and the others with the step after it, in which two sequences decode.
+    first_s = 3.0 + 0.5 + 50 * 0.01
+    assert times_of(loaded)[0] == pytest.approx(first_s)
+    second_s = first_s + 2.0 + 0.5 + 50 * 0.01 + 0.12 - 0.1
+    assert times_of(other)[0] == times_of(decoding)[0] == times_of(loaded)[1] == pytest.approx(second_s)

@@ -28,8 +28,12 @@ def queued(view: WorkerView, num_tokens: int) -> WorkerView:
     return replace(view, num_queued_prompt_tokens=num_tokens, num_queued_prompts=1)
 
 
+def capacity_of(*views: WorkerView, ahead_s: float = 0.25, local: bool = False) -> WorkerCapacity:
+    return WorkerCapacity(lambda: views, "m", dispatch_ahead_s=ahead_s, may_prefill_locally=local)
+
+
 def has_room(*views: WorkerView) -> bool:
-    return WorkerCapacity(lambda: views, "m", dispatch_ahead_s=0.25).has_room()
+    return capacity_of(*views).has_room()
 
 
 @pytest.mark.parametrize(("num_tokens", "room"), [(0, True), (249, True), (251, False)])
@@ -39,9 +43,9 @@ def test_a_prefill_worker_has_so_much_work_ahead(num_tokens: int, room: bool) ->
 
 
 def test_an_idle_worker_has_room_even_when_nothing_is_to_wait_there() -> None:
-    assert WorkerCapacity(lambda: [PREFILL, DECODE], "m", dispatch_ahead_s=0.0).has_room()
+    assert capacity_of(PREFILL, DECODE, ahead_s=0.0).has_room()
     busy = queued(PREFILL, 1)
-    assert not WorkerCapacity(lambda: [busy, DECODE], "m", dispatch_ahead_s=0.0).has_room()
+    assert not capacity_of(busy, DECODE, ahead_s=0.0).has_room()
 
 
 def test_one_of_them_with_little_to_do_is_enough() -> None:
@@ -54,6 +58,13 @@ def test_decode_workers_compute_prompts_when_idle_or_alone() -> None:
     assert has_room(full, replace(DECODE, num_running_requests=0))
     assert has_room(DECODE)
     assert not has_room(queued(DECODE, 9000))
+
+
+def test_decode_workers_have_room_beside_other_work_where_the_policy_may_choose_them() -> None:
+    full = queued(PREFILL, 9000)
+    assert capacity_of(full, DECODE, local=True).has_room()
+    assert not capacity_of(full, queued(DECODE, 9000), local=True).has_room()
+    assert not capacity_of(full, replace(DECODE, max_running_requests=1), local=True).has_room()
 
 
 def test_a_sequence_must_find_room_soon() -> None:
@@ -76,8 +87,8 @@ def test_that_nobody_is_there_is_not_told_by_waiting() -> None:
 
 
 def test_the_rate_is_that_of_the_prefill_workers() -> None:
-    capacity = WorkerCapacity(lambda: [PREFILL, PREFILL, DECODE], "m", dispatch_ahead_s=0.25)
+    capacity = capacity_of(PREFILL, PREFILL, DECODE)
     assert capacity.tokens_per_s() == pytest.approx(2000)
-    alone = WorkerCapacity(lambda: [DECODE], "m", dispatch_ahead_s=0.25)
+    alone = capacity_of(DECODE)
     assert alone.tokens_per_s() == pytest.approx(1000)
-    assert WorkerCapacity(list, "m", dispatch_ahead_s=0.25).tokens_per_s() == 0
+    assert capacity_of().tokens_per_s() == 0
