@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from bench.policy_findings import findings
 from bench.report import Report, parser
+from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.scheduler.cost_config import CostConfig
 from kvrelay.coordinator.scheduler.policies import POLICIES, make_scheduler
 from kvrelay.simulator.config import ClusterConfig
@@ -32,6 +33,7 @@ from kvrelay.simulator.known_times import HARDWARE, known_times
 from kvrelay.simulator.simulation import simulate
 from kvrelay.workload.axes import save
 from kvrelay.workload.comparison_plots import sweep_figure
+from kvrelay.workload.outcome import Status
 from kvrelay.workload.report import Summary, summarize
 from kvrelay.workload.targets import Targets
 from kvrelay.workload.trace import TraceOptions, TraceRequest, read_trace
@@ -42,6 +44,8 @@ SPEEDS = {
     "mooncake_synthetic": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
 }
 TARGETS = Targets(ttft_s=2.0, tpot_s=0.1)
+_NO_BOUNDS = AdmissionConfig(max_requests=1_000_000, max_tokens=10**12, max_tenant_share=1.0)
+"""Nothing is rejected: policies that keep up less would look better for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +89,10 @@ class Point:
     def cluster(self) -> ClusterConfig:
         num_all = self.num_prefill + self.num_decode
         if self.arm.all_both:
-            return ClusterConfig(num_prefill=0, num_decode=0, num_both=num_all, seed=self.seed)
-        return ClusterConfig(num_prefill=self.num_prefill, num_decode=self.num_decode, seed=self.seed)
+            return ClusterConfig(num_prefill=0, num_decode=0, num_both=num_all, admission=_NO_BOUNDS, seed=self.seed)
+        return ClusterConfig(
+            num_prefill=self.num_prefill, num_decode=self.num_decode, admission=_NO_BOUNDS, seed=self.seed
+        )
 
     @property
     def cluster_name(self) -> str:
@@ -108,7 +114,8 @@ def run(point: Point) -> Result:
     scheduler = make_scheduler(arm.policy, point.seed, replace(point.cost, local_prefill=arm.local_prefill))
     simulated = simulate(requests, config, known_times(point.hardware), [scheduler], Targets())
     last_s = requests[-1].arrived_s
-    num_ended = sum(outcome.token_times_s[-1] <= last_s for outcome in simulated.outcomes)
+    completed = [outcome for outcome in simulated.outcomes if outcome.status is Status.COMPLETED]
+    num_ended = sum(outcome.token_times_s[-1] <= last_s for outcome in completed)
     details = details_of(simulated, requests, config.hardware.block_tokens)
     details["ended_share"] = num_ended / len(requests)
     return Result(point=point, summary=summarize(simulated.outcomes, TARGETS), details=details)

@@ -102,7 +102,8 @@ async def serve(cluster: RunningCluster, requests: Sequence[TraceRequest], seed:
             await asking
     if failed := [outcome.error for outcome in replayed.outcomes if len(outcome.token_times_s) == 0]:
         raise RuntimeError(f"{len(failed)} requests were not answered, the first one for: {failed[0]}")
-    times = replace(told[-1].times, **{name: fmean(getattr(one.times, name) for one in told) for name in _COEFFICIENTS})
+    means: dict[str, Any] = {name: fmean(getattr(one.times, name) for one in told) for name in _COEFFICIENTS}
+    times = replace(told[-1].times, **means)
     return Served(outcomes=replayed.outcomes, workers=replace(told[-1], times=times))
 
 

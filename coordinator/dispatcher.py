@@ -222,8 +222,7 @@ class Dispatcher:
                 self._fail(flow, error)
 
     def _send_decodes(self, flow: RequestFlow) -> None:
-        for decode in flow.decodes():
-            self._pool.send_decode(flow.plan.decode.worker_id, decode)
+        self._pool.send_decodes(flow.plan.decode.worker_id, flow.request.request_id, flow.decodes())
 
     def _prefill_lost(self, flow: RequestFlow) -> None:
         self._release_prefill(flow)

@@ -188,9 +188,12 @@ class WorkerPool:
             member.load.fill(member.view)
             self._retire(member)
 
-    def send_decode(self, worker_id: str, message: worker_pb2.Decode) -> None:
-        """Raises like `WorkerLink.send`."""
-        self._member(worker_id).link.send(worker_pb2.CoordinatorMessage(decode=message))
+    def send_decodes(self, worker_id: str, request_id: str, messages: Sequence[worker_pb2.Decode]) -> None:
+        """The sequences of a request, of which the worker knows from now on. Raises like `WorkerLink.send`."""
+        member = self._member(worker_id)
+        for message in messages:
+            member.link.send(worker_pb2.CoordinatorMessage(decode=message))
+        member.load.sent_sequences(request_id)
 
     def send_cancel(self, worker_id: str, request_id: str) -> None:
         """Never fails: a worker that is gone has cancelled already."""

@@ -62,13 +62,6 @@ class Batch:
         """Of all that run."""
         return self._limits.capacity_tokens - self.free_tokens
 
-    @property
-    def num_queued_tokens(self) -> int:
-        """Of prompts, not computed yet."""
-        return sum(s.num_uncomputed_tokens for s in self.waiting) + sum(
-            s.num_uncomputed_tokens for s in self.prefilling
-        )
-
     def can_admit(self) -> bool:
         """Whether the first waiting sequence has room, and everybody who runs for one more token."""
         return bool(

@@ -196,6 +196,7 @@ class SimulatedCoordinator:
 
     def _send_decode(self, job: Job) -> None:
         on_first, on_finished = partial(self._on_first_token, job), partial(self._on_finished, job)
+        self._known[job.decode.worker_id].load.sent_sequences(job.request_id)
         self._loop.after(self._message_s, job.decode.decode, job, on_first, on_finished)
 
     def _on_first_token(self, job: Job) -> None:

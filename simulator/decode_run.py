@@ -69,7 +69,7 @@ class DecodeRun:
         self._worker.touch()
 
     def on_first_token(self, sequence: EngineSequence) -> None:
-        self._worker.prompt_ended()
+        self._worker.prompt_ended(sequence)
         if self._job.prefill is None:
             self._worker.loop.after(self._worker.hardware.message_s, self._on_first_token)
 

@@ -59,11 +59,6 @@ class SimulatedEngine:
         return self._batch.num_preemptions
 
     @property
-    def num_queued_tokens(self) -> int:
-        """Of prompts, not computed yet."""
-        return self._batch.num_queued_tokens
-
-    @property
     def num_context_tokens(self) -> int:
         """Of what runs, at this moment, steps inside of a leap included."""
         return self._batch.num_context_tokens + self._num_stepping * self._num_steps_done()

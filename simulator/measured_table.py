@@ -63,8 +63,7 @@ class TableTimes:
             }
         )
 
-    @property
-    def shared_s(self) -> float:
+    def shared_s(self, chunks: Sequence[Chunk]) -> float:
         return min(self._prefill.at(1), self._step.at(1))
 
     def prefill_s(self, chunks: Sequence[Chunk]) -> float:

@@ -72,7 +72,7 @@ class PrefillRun:
 
     def on_first_token(self, sequence: EngineSequence) -> None:
         """The coordinator is told at the end, which is now."""
-        self._worker.prompt_ended()
+        self._worker.prompt_ended(sequence)
 
     def on_finished(self, sequence: EngineSequence) -> None:
         worker, job = self._worker, self._job

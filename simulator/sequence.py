@@ -38,6 +38,8 @@ class EngineSequence:
     num_output_tokens: int
     load_s: float = 0.0
     """To bring what is stored of it into the engine; the step that begins with it takes so much longer."""
+    num_queued_tokens: int = 0
+    """What its worker reports of it until the first token."""
     num_generated_tokens: int = 0
     token_times_s: list[Seconds] = field(default_factory=list)
     """When the generated tokens came, piece by piece; pieces may be shared between sequences."""

@@ -28,9 +28,8 @@ class Chunk:
 class TimeModel(Protocol):
     """Seconds of engine steps. A model is a pure function: equal questions have equal answers."""
 
-    @property
-    def shared_s(self) -> float:
-        """What a step that does both pays once only: reading the weights, launching, sampling."""
+    def shared_s(self, chunks: Sequence[Chunk]) -> float:
+        """What a step that computes these and decodes pays once only: reading the weights, launching, sampling."""
 
     def prefill_s(self, chunks: Sequence[Chunk]) -> float:
         """A step that computes these chunks and nothing else; at least one."""
@@ -46,7 +45,7 @@ def mixed_step_s(times: TimeModel, chunks: Sequence[Chunk], num_decoding: int, n
     prefill_s = times.prefill_s(chunks)
     if not num_decoding:
         return prefill_s
-    return prefill_s + float(times.steps_s(num_decoding, num_context_tokens, 1)[0]) - times.shared_s
+    return prefill_s + float(times.steps_s(num_decoding, num_context_tokens, 1)[0]) - times.shared_s(chunks)
 
 
 class FormulaTimes:
@@ -59,9 +58,9 @@ class FormulaTimes:
     def __init__(self, coefficients: StepTimes) -> None:
         self._of = coefficients
 
-    @property
-    def shared_s(self) -> float:
-        return min(self._of.prefill_fixed_s, self._of.step_fixed_s)
+    def shared_s(self, chunks: Sequence[Chunk]) -> float:
+        """See `TimeModel.shared_s`; chunks in the middle of prompts have no fixed part to share."""
+        return min(self._of.prefill_fixed_s, self._of.step_fixed_s) if any(chunk.is_last for chunk in chunks) else 0.0
 
     def prefill_s(self, chunks: Sequence[Chunk]) -> float:
         """See `TimeModel.prefill_s`; prompts that end in one step share the fixed part."""

@@ -38,8 +38,8 @@ class SimulatedWorker:
         self._num_decode_jobs = 0
         self._num_queued_prompts = 0
         """That have no token yet."""
-        self._num_coming_tokens = 0
-        """Of prompts that are to be computed, and of which a part is being fetched."""
+        self._num_queued_tokens = 0
+        """Of these, what is not stored."""
         self.listeners: list[Callable[[], None]] = []
         """Called when load or store may have changed."""
         self.engine.on_change = self.touch
@@ -78,9 +78,10 @@ class SimulatedWorker:
         self.store.unpin(job.decode_pins)
         job.decode_pins = []
 
-    def prompt_ended(self) -> None:
+    def prompt_ended(self, sequence: EngineSequence) -> None:
         """It has its first token."""
         self._num_queued_prompts -= 1
+        self._num_queued_tokens -= sequence.num_queued_tokens
 
     def prefill_ended(self) -> None:
         self._num_prefill_jobs -= 1
@@ -104,11 +105,8 @@ class SimulatedWorker:
         reserved = self.store.reserve(max(0, len(held) - len(pins)))
         end = len(pins) + len(reserved)
         source.store.unpin(held[: len(pins)] + held[end:])
-        num_coming_tokens = job.request.num_prompt_tokens - self.num_cached_tokens(job, end)
-        self._num_coming_tokens += num_coming_tokens
 
         def fetched() -> None:
-            self._num_coming_tokens -= num_coming_tokens
             source.store.unpin(held[len(pins) : end])
             names = job.names[len(pins) : end]
             call(pins + [self.store.commit(slot, name) for slot, name in zip(reserved, names, strict=True)])
@@ -122,7 +120,9 @@ class SimulatedWorker:
 
     def submit(self, sequence: EngineSequence) -> None:
         """Let it wait for the engine, which loads what is stored of it when it begins, as vLLM does."""
+        sequence.num_queued_tokens = sequence.num_uncomputed_tokens - 1
         self._num_queued_prompts += 1
+        self._num_queued_tokens += sequence.num_queued_tokens
         sequence.load_s = sequence.num_computed_tokens * self.hardware.token_bytes / self.hardware.load_bytes_per_s
         self.engine.submit(sequence)
 
@@ -136,7 +136,7 @@ class SimulatedWorker:
         engine = self.engine
         return worker_pb2.WorkerStatus(
             num_queued_prompts=self._num_queued_prompts,
-            num_queued_prompt_tokens=engine.num_queued_tokens + self._num_coming_tokens,
+            num_queued_prompt_tokens=self._num_queued_tokens,
             num_prefill_jobs=self._num_prefill_jobs,
             num_decode_jobs=self._num_decode_jobs,
             num_context_tokens=engine.num_context_tokens,

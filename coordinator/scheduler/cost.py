@@ -64,8 +64,8 @@ class CostScheduler(Scheduler):
         best = min(options, key=_by_cost)
         limit = best.cost + max(self._config.near_s, self._config.near_share * best.ttft_s)
         near = [option for option in options if option.cost <= limit]
-        # Of a long prompt, 3 % are longer than a short one: who has nothing to do comes first.
-        near = [option for option in near if not option.prompt.wait_s] or near
+        # A small share of a long prompt's time is all that a short one takes: first comes who has nothing to compute.
+        near = [option for option in near if not option.prompt.worker.num_queued_prompt_tokens] or near
         if len(near) == 1:
             return near[0]
         one, other = (near[int(self._random() * len(near))] for _ in range(2))

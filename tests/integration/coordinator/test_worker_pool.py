@@ -72,7 +72,7 @@ async def test_messages_of_several_workers_are_told_apart(start_worker: StartWor
         pool.join(first.info)
         pool.join(second.info)
         await connected(pool, "d1", "d2")
-        pool.send_decode("d2", decode("r"))
+        pool.send_decodes("d2", "r", [decode("r")])
         assert (await second.wait_for("decode"))[0].request_id == "r"
         assert not first.received
         second.send(delta("r", [1]), delta("s", [2]))
@@ -145,7 +145,7 @@ async def test_draining_worker_keeps_its_stream_until_it_has_finished_what_it_ha
         worker.info.state = cluster_pb2.WORKER_STATE_DRAINING
         pool.update(worker.info)
         assert [view.draining for view in pool.views()] == [True]
-        pool.send_decode("d1", decode("r"))
+        pool.send_decodes("d1", "r", [decode("r")])
         await worker.wait_for("decode")
         assert not worker.num_ended
         pool.release_sequences("d1", "r")
@@ -182,7 +182,7 @@ async def test_restarted_worker_takes_its_predecessors_place(start_worker: Start
         pool.update(new.info)
         assert listener.lost == ["d1"]
         await connected(pool, "d1")
-        pool.send_decode("d1", decode("r"))
+        pool.send_decodes("d1", "r", [decode("r")])
         await new.wait_for("decode")
         assert not old.received
 
@@ -197,7 +197,7 @@ async def test_worker_that_leaves_finishes_what_it_has(start_worker: StartWorker
         pool.assign_prefill("d1", worker_pb2.Prefill(request_id="r", prompt_token_ids=[1]), 1)
         pool.leave("d1")
         assert not pool.views()
-        pool.send_decode("d1", decode("r"))
+        pool.send_decodes("d1", "r", [decode("r")])
         await worker.wait_for("decode")
         worker.send(delta("r", [5]))
         await until(lambda: listener.steps)
@@ -234,7 +234,7 @@ async def test_worker_that_leaves_idle_is_disconnected_at_once(start_worker: Sta
         await until(lambda: worker.num_ended)
         pool.send_cancel("d1", "r")
         with pytest.raises(WorkerLostError):
-            pool.send_decode("d1", decode("r"))
+            pool.send_decodes("d1", "r", [decode("r")])
 
 
 async def test_another_worker_at_the_address_is_not_taken_for_ours(start_worker: StartWorker) -> None:
@@ -265,10 +265,10 @@ async def test_full_queue_refuses_requests_and_takes_cancels(start_worker: Start
     async with pool.running(Listener()):
         pool.join(worker.info)
         await connected(pool, "d1")
-        pool.send_decode("d1", decode("r1"))
-        pool.send_decode("d1", decode("r2"))
+        pool.send_decodes("d1", "r1", [decode("r1")])
+        pool.send_decodes("d1", "r2", [decode("r2")])
         with pytest.raises(OverloadedError, match="2 messages"):
-            pool.send_decode("d1", decode("r3"))
+            pool.send_decodes("d1", "r3", [decode("r3")])
         pool.send_cancel("d1", "r1")
         await worker.wait_for("cancel")
         assert worker.kinds() == ["decode", "decode", "cancel"]

@@ -52,6 +52,7 @@ def test_what_others_gave_counts_as_it_is_reported() -> None:
     load = WorkerLoad()
     load.add_prompt("r", 100)
     load.add_sequences("r", 1, 100)
+    load.sent_sequences("r")
     load.report(status(3, 300, 4, 400))
     assert load_of(load) == (3, 300, 4, 400)
 
@@ -71,32 +72,33 @@ def test_a_report_from_before_a_request_does_not_hide_it() -> None:
     load = WorkerLoad()
     load.add_prompt("r", 100)
     load.report(status())
+    load.report(status())
     assert load_of(load) == (1, 100, 0, 0)
+
+
+def test_sequences_that_are_prefilled_elsewhere_hide_nobody() -> None:
+    load = WorkerLoad()
+    load.add_sequences("r", 2, 200)
+    load.report(status(sequences=3, context=500))
+    assert load_of(load)[2:] == (5, 700)
+    load.sent_sequences("r")
+    load.report(status(sequences=5, context=700))
+    assert load_of(load)[2:] == (5, 700)
+    load.remove_sequences("r")
+    load.sent_sequences("r")
+    assert load_of(load)[2:] == (3, 500)
 
 
 def test_what_ended_does_not_wait_for_a_report() -> None:
     load = WorkerLoad()
     load.add_prompt("r", 100)
     load.add_sequences("r", 1, 100)
-    load.report(status())
+    load.sent_sequences("r")
     load.report(status(2, 130, 3, 300))
     assert load_of(load) == (2, 130, 3, 300)
     load.remove_prompt("r")
     load.remove_sequences("r")
     assert load_of(load) == (1, 30, 2, 200)
-
-
-def test_what_was_computed_of_a_prompt_is_known_from_the_second_report_on() -> None:
-    load = WorkerLoad()
-    load.add_prompt("r", 100)
-    load.report(status(1, 40, 0, 0))
-    assert load_of(load)[:2] == (1, 100)
-    load.report(status(1, 30, 0, 0))
-    assert load_of(load)[:2] == (1, 30)
-    load.add_prompt("q", 50)
-    assert load_of(load)[:2] == (2, 80)
-    load.remove_prompt("r")
-    assert load_of(load)[:2] == (1, 50)
 
 
 def test_sequences_that_are_in_prefill_only_do_not_count_as_generated() -> None:
@@ -119,21 +121,14 @@ steps = st.lists(
 def test_the_load_is_what_is_open_here_and_what_others_gave(moves: list[tuple[str, str, int]]) -> None:
     load = WorkerLoad()
     own: dict[str, int] = {}
-    new: set[str] = set()
-    reported = others = 0
+    others = 0
     for kind, name, number in moves:
         if kind == "add":
             load.add_prompt(name, number)
             own[name] = number
-            new.add(name)
         elif kind == "remove":
             assert load.remove_prompt(name) is (own.pop(name, None) is not None)
-            new.discard(name)
         else:
             load.report(status(tokens=number))
-            assert load_of(load)[1] >= number
-            reported, others = number, max(0, number - sum(own.values()))
-            new.clear()
-        tokens = load_of(load)[1]
-        assert others + sum(own[name] for name in new) <= tokens <= others + sum(own.values())
-        assert tokens <= sum(own.values()) + reported
+            others = max(0, number - sum(own.values()))
+        assert load_of(load)[1] == sum(own.values()) + others

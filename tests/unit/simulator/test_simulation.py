@@ -111,7 +111,7 @@ def test_coordinators_see_the_load_of_each_other() -> None:
     load = [request(number, number * 0.5, 100, 50, *range(10 * number, 10 * number + 10)) for number in range(3)]
     run(load, cluster(), ChosenScheduler(choose), ChosenScheduler(choose))
     # The second coordinator has sent nothing yet: all it knows at 0.5 s was reported.
-    assert seen == [[0, 0], [100, 0], [200, 1]]
+    assert seen == [[0, 0], [99, 0], [198, 1]]
 
 
 def test_what_cannot_be_served_is_told() -> None:

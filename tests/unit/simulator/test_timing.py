@@ -38,5 +38,7 @@ def test_a_step_that_does_both_pays_once_what_they_share() -> None:
     model = FormulaTimes(TIMES)
     both_s = mixed_step_s(model, [Chunk(10, 0)], 2, 50)
     assert both_s == pytest.approx(TIMES.prefill_s(10) + TIMES.step_s(2, 50) - 0.1)
+    middle_s = mixed_step_s(model, [Chunk(10, 0, is_last=False)], 2, 50)
+    assert middle_s == pytest.approx(TIMES.prefill_s(10) - 0.5 + TIMES.step_s(2, 50))
     assert mixed_step_s(model, [], 2, 50) == pytest.approx(TIMES.step_s(2, 50))
     assert mixed_step_s(model, [Chunk(10, 0)], 0, 0) == pytest.approx(TIMES.prefill_s(10))

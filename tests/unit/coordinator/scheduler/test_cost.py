@@ -78,6 +78,15 @@ def test_decode_workers_compute_all_prompts_if_told_so() -> None:
     assert plan(shape(3000), workers, CostConfig(local_prefill="always")).prefill is None
 
 
+def test_of_plans_near_the_best_one_without_a_queue_is_taken() -> None:
+    """A fetch is time, too, but nobody is in the way."""
+    queued = view("p1", PREFILL, num_queued_prompt_tokens=100, num_queued_prompts=1)
+    for seed in range(10):
+        workers = [queued, view("p2", PREFILL), view("d1", DECODE)]
+        request = shape(10_000)
+        assert CostScheduler(seed, SPLIT).plan(request, workers).plan.prefill is workers[1]
+
+
 def test_sequences_go_where_steps_stay_short() -> None:
     slow = StepTimes(step_fixed_s=0.05)
     workers = [view("d1", DECODE, times=slow), view("d2", DECODE, num_running_requests=3)]
