@@ -31,12 +31,18 @@ class LiveWorkers:
 def like_workers(asked: Sequence[Asked]) -> LiveWorkers:
     """Means of the measured times, medians of links, and the least of each size, for simulated workers are all alike.
 
+    Who has measured more counts for more.
+
     What prompts take is asked of workers that prefill, where there are any, and what steps take of those that decode.
     Raises `NotMeasuredError`.
     """
     answered = [(info, status) for info, status in asked if status is not None]
     if not answered:
         raise NotMeasuredError("no worker of the cluster answers; `kvrelay workers` shows which there are")
+    if len(models := {info.model for info, _ in answered}) > 1:
+        raise NotMeasuredError(
+            f"the cluster serves several models, {', '.join(sorted(models))}; simulated workers have one"
+        )
     views = [view_of(info) for info, _ in answered]
     if not views[0].token_bytes:
         raise NotMeasuredError(f"how large KV of {answered[0][0].layout.dtype} is, is not known")
@@ -69,15 +75,21 @@ def _times(answered: Sequence[tuple[cluster_pb2.WorkerInfo, worker_pb2.WorkerSta
             f"no worker has {what} yet; how long that takes is measured under load: apply some first"
         )
     return StepTimes(
-        prefill_fixed_s=fmean(times.prefill_fixed_s for times in prefills),
-        prefill_token_s=fmean(times.prefill_token_s for times in prefills),
-        prefill_pair_s=fmean(times.prefill_pair_s for times in prefills),
+        prefill_fixed_s=_mean((times.prefill_fixed_s, times.num_prefills) for times in prefills),
+        prefill_token_s=_mean((times.prefill_token_s, times.num_prefills) for times in prefills),
+        prefill_pair_s=_mean((times.prefill_pair_s, times.num_prefills) for times in prefills),
         num_prefills=sum(times.num_prefills for times in prefills),
-        step_fixed_s=fmean(times.step_fixed_s for times in steps),
-        step_request_s=fmean(times.step_request_s for times in steps),
-        step_context_token_s=fmean(times.step_context_token_s for times in steps),
+        step_fixed_s=_mean((times.step_fixed_s, times.num_steps) for times in steps),
+        step_request_s=_mean((times.step_request_s, times.num_steps) for times in steps),
+        step_context_token_s=_mean((times.step_context_token_s, times.num_steps) for times in steps),
         num_steps=sum(times.num_steps for times in steps),
     )
+
+
+def _mean(weighted: Iterable[tuple[float, int]]) -> float:
+    """Of values with weights above 0."""
+    values, weights = zip(*weighted, strict=True)
+    return fmean(values, weights)
 
 
 def _least(values: Iterable[int], default: int) -> int:

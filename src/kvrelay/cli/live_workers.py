@@ -9,18 +9,19 @@ from kvrelay.cli.failure import FAILED, UNREACHABLE, fail
 from kvrelay.cli.parsing import Addresses
 from kvrelay.client.workers import ask_workers
 from kvrelay.etcd import EtcdError
-from kvrelay.simulator.live_cluster import LiveWorkers, NotMeasuredError, like_workers
+from kvrelay.simulator.live_cluster import LiveWorkers, like_workers
 
 _TIMEOUT_S = 2.0
 
 
 def ask(etcd: Addresses, cluster: str) -> LiveWorkers:
     """Leaves with a message when they tell too little."""
+    addresses = [str(address) for address in etcd]
     try:
-        workers = like_workers(asyncio.run(ask_workers([str(address) for address in etcd], cluster, _TIMEOUT_S)))
+        workers = like_workers(asyncio.run(ask_workers(addresses, cluster, _TIMEOUT_S)))
     except EtcdError as error:
-        fail(str(error), UNREACHABLE)
-    except NotMeasuredError as error:
+        fail(f"no etcd answers at {', '.join(addresses)}: {error}", UNREACHABLE)
+    except ValueError as error:
         fail(f"--live: {error}", FAILED)
     times, size = workers.times, workers.engine.max_batched_tokens
     print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,10 @@ from kvrelay.cli.load_options import (
 )
 from kvrelay.cli.options import CLUSTER, LocalPrefill, LocalPrefillOption, Policy, PolicyOption
 from kvrelay.cli.running import RunningClusterOption, RunningEtcdOption, etcd_and_cluster
+
+if TYPE_CHECKING:
+    from kvrelay.cli.parsing import Addresses
+    from kvrelay.simulator.live_cluster import LiveWorkers
 
 WORKER = "Each worker"
 
@@ -52,8 +56,12 @@ SimulationSeedOption = Annotated[
     int, typer.Option("--seed", min=0, rich_help_panel=LOAD, help="The same seed gives the same result.")
 ]
 HardwareOption = Annotated[
-    HardwareName,
-    typer.Option("--hardware", rich_help_panel=WORKER, help="Eight of these GPUs, as measured with Llama 2 70B."),
+    HardwareName | None,
+    typer.Option(
+        "--hardware",
+        rich_help_panel=WORKER,
+        help="Eight of these GPUs, as measured with Llama 2 70B. Default: h100.",
+    ),
 ]
 TimesOption = Annotated[
     Path | None,
@@ -104,6 +112,7 @@ LinkOption = Annotated[
 
 
 def simulate(
+    context: typer.Context,
     trace: TraceArgument,
     prefill: PrefillOption = 8,
     decode: DecodeOption = 16,
@@ -111,7 +120,7 @@ def simulate(
     policy: PolicyOption = Policy.COST,
     local_prefill: LocalPrefillOption = LocalPrefill.WHEN_CHEAPER,
     coordinators: CoordinatorsOption = 1,
-    hardware: HardwareOption = HardwareName.H100,
+    hardware: HardwareOption = None,
     times: TimesOption = None,
     live: LiveOption = False,
     etcd: RunningEtcdOption = None,
@@ -140,23 +149,24 @@ def simulate(
 
     Example: kvrelay simulate azure_conv_2023.csv --prefill 4 --decode 4 --live --etcd 10.0.0.1:2379
     """
-    from kvrelay.cli.live_workers import ask
     from kvrelay.cli.load_results import check_writable, show, write
     from kvrelay.cli.load_trace import read_requests
     from kvrelay.cli.simulate_run import Arms, run
     from kvrelay.workload.trace import TraceOptions
 
     load = TraceOptions(limit=limit, speed=speed, length_scale=length_scale)
-    if live and times:
-        fail("--live and --times both say what steps take; give one of them", WRONG_USAGE)
+    if live and (times or hardware):
+        fail("--live says what steps take, as --times and --hardware do; give one of them", WRONG_USAGE)
+    if not live and (cluster or _is_typed(context, "etcd")):
+        fail("--etcd and --cluster name the cluster that --live asks; give --live, too", WRONG_USAGE)
     requests = read_requests(trace, load)
     check_writable(json_path, plots_dir)
-    workers = ask(*etcd_and_cluster(etcd, cluster)) if live else None
+    workers = _ask(*etcd_and_cluster(etcd, cluster)) if live else None
     arms = Arms(
         policy=policy.value,
         local_prefill=local_prefill.value,
         num_coordinators=coordinators,
-        hardware=hardware.value,
+        hardware=(hardware or HardwareName.H100).value,
         times=times,
         num_prefill=prefill,
         num_decode=decode,
@@ -173,3 +183,15 @@ def simulate(
     write(record, finished.simulated.outcomes, json_path, plots_dir)
     if not record.summary.num_completed:
         fail("no request was completed", FAILED)
+
+
+def _is_typed(context: typer.Context, parameter: str) -> bool:
+    """Rather than taken from the environment."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _ask(etcd: Addresses, cluster: str) -> LiveWorkers:
+    from kvrelay.cli.live_workers import ask
+
+    return ask(etcd, cluster)

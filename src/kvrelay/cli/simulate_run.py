@@ -35,6 +35,7 @@ class Arms:
     local_prefill: Literal["when-cheaper", "never", "always"]
     num_coordinators: int
     hardware: str
+    """Says nothing where workers are like live ones."""
     times: Path | None
     num_prefill: int
     num_decode: int
@@ -65,6 +66,7 @@ class Finished:
         config = {
             **load,
             **asdict(self.arms),
+            "hardware": None if self.live else self.arms.hardware,
             "times": str(self.arms.times) if self.arms.times else None,
             "live_times": asdict(self.live.times) if self.live else None,
             "max_batched_tokens": engine.max_batched_tokens,
