@@ -97,7 +97,7 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     if found["least_oracle_hit_share"] is not None:
         notes.append(
             f"{trace}: cost has at least {found['least_oracle_hit_share']:.1%} of the prefix hits of an oracle; a"
-            f" prefill worker is idle while a prompt waits at another one for at most {found['most_idle_prefill']:.2%}"
+            f" prefill worker is idle while a prompt waits somewhere for at most {found['most_idle_prefill']:.2%}"
             f" of the time, a decode worker {found['most_idle_decode']:.2%}"
         )
     notes.extend(

@@ -11,7 +11,6 @@ from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.keys import prefix_keys
 from kvrelay.coordinator.scheduler.base import Scheduler
-from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
 from kvrelay.coordinator.worker_load import WorkerLoad
 from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
@@ -122,10 +121,11 @@ class SimulatedCoordinator:
             itl_s=self._targets.itl_s,
         )
         try:
-            plan = self._scheduler.plan(shape, self._views).plan
+            decision = self._scheduler.plan(shape, self._views)
         except KvrelayError as error:
             self._refuse(request, error)
             return
+        plan = decision.plan
         for worker in (plan.decode, plan.prefill):
             if worker is not None:
                 self._index.speculate(worker.worker_id, keys, now_s)
@@ -138,7 +138,7 @@ class SimulatedCoordinator:
                 decode=self._workers[plan.decode.worker_id],
                 source=self._workers[plan.source.worker_id] if plan.source else None,
             ),
-            self._num_uncached_tokens(shape, plan),
+            request.num_prompt_tokens - decision.chosen.num_cached_tokens,
         )
 
     @property
@@ -168,12 +168,6 @@ class SimulatedCoordinator:
                 error="" if rejected else error.message,
             )
         )
-
-    def _num_uncached_tokens(self, shape: RequestShape, plan: Plan) -> int:
-        """Of the prompt, where it is computed, as far as the index knows."""
-        having = [worker for worker in (plan.prefill or plan.decode, plan.source) if worker]
-        num_blocks = max(shape.num_stored_blocks.get(worker.worker_id, 0) for worker in having)
-        return max(1, shape.num_prompt_tokens - num_blocks * self._block_tokens)
 
     def _changed(self, known: _Known) -> None:
         known.load.fill(known.view)

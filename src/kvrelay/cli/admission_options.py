@@ -35,7 +35,7 @@ class AdmissionOptions:
             min=0.0,
             metavar="SECONDS",
             rich_help_panel=_PANEL,
-            help="Requests leave the queue while a worker has less to compute than this.",
+            help="Requests leave the queue while a worker that may compute prompts has less to compute than this.",
         ),
     ] = 0.25
 
