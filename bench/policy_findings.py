@@ -47,7 +47,8 @@ def _against_round_robin(rows: Sequence[Row]) -> dict[str, float] | None:
     if not kept:
         return None
     other = max(kept, key=lambda row: row["speed"])
-    ours = [row["ttft_p90_s"] for row in rows if row["policy"] == "cost" and row["speed"] == other["speed"]]
+    same = [row for row in rows if (row["speed"], row["cluster"]) == (other["speed"], other["cluster"])]
+    ours = [row["ttft_p90_s"] for row in same if row["policy"] == "cost"]
     if not ours:
         return None
     return {

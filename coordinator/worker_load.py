@@ -40,8 +40,8 @@ class _Tally:
 class WorkerLoad:
     """What this coordinator has given to a worker, and what the worker reports of everybody's.
 
-    What was given here is known at once, and so is that it ended; until then it counts wholly. The rest is as late as
-    the reports: what is above the own is what others gave.
+    What was given here is known at once, and so is that it ended. The rest is as late as the reports: what is above the
+    own is what others gave, and how far the prompts are that the worker computes.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,8 @@ class WorkerLoad:
         self._sequences, self._sent_sequences = _Tally(), _Tally()
         self._num_others_prompts = 0
         self._num_others_tokens = 0
+        self._num_computed_tokens = 0
+        """Of the prompts that have not ended."""
         self._num_others_sequences = 0
         self._num_others_context_tokens = 0
         """What own sequences have generated is in here, too."""
@@ -64,7 +66,12 @@ class WorkerLoad:
 
     def remove_prompt(self, request_id: str) -> bool:
         """It is computed, or will not be; returns whether it was there."""
-        return self._prompts.remove(request_id)
+        entry = self._prompts.get(request_id)
+        if entry is None:
+            return False
+        self._prompts.remove(request_id)
+        self._num_computed_tokens = max(0, self._num_computed_tokens - entry[1])
+        return True
 
     def add_sequences(self, request_id: str, num_sequences: int, num_tokens: int) -> None:
         """Sequences that are the worker's to generate, with so much context in all."""
@@ -84,6 +91,7 @@ class WorkerLoad:
         """Take a worker's report; an empty one forgets the last."""
         prompts, sent = self._prompts, self._sent_sequences
         self._num_others_tokens = max(0, status.num_queued_prompt_tokens - prompts.num_tokens)
+        self._num_computed_tokens = status.num_computed_prompt_tokens
         self._num_others_prompts = max(0, status.num_queued_prompts - prompts.num)
         num_in_engine = status.num_running_requests + status.num_waiting_requests - status.num_prefill_jobs
         self._num_others_sequences = max(0, num_in_engine - sent.num, status.num_decode_jobs - sent.num)
@@ -93,6 +101,7 @@ class WorkerLoad:
         """Bring the view's figures up to date."""
         prompts, sequences = self._prompts, self._sequences
         view.num_queued_prompts = prompts.num + self._num_others_prompts
-        view.num_queued_prompt_tokens = prompts.num_tokens + self._num_others_tokens
+        num_tokens = prompts.num_tokens + self._num_others_tokens
+        view.num_queued_prompt_tokens = max(0, num_tokens - self._num_computed_tokens)
         view.num_running_requests = sequences.num + self._num_others_sequences
         view.num_context_tokens = sequences.num_tokens + self._num_others_context_tokens

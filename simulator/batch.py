@@ -62,6 +62,11 @@ class Batch:
         """Of all that run."""
         return self._limits.capacity_tokens - self.free_tokens
 
+    @property
+    def num_computed_prompt_tokens(self) -> int:
+        """Of prompts that have no token yet, since they were submitted."""
+        return sum(s.num_queued_tokens - s.num_uncomputed_tokens + 1 for s in self.prefilling if not s.token_times_s)
+
     def can_admit(self) -> bool:
         """Whether the first waiting sequence has room, and everybody who runs for one more token."""
         return bool(

@@ -59,6 +59,11 @@ class SimulatedEngine:
         return self._batch.num_preemptions
 
     @property
+    def num_computed_prompt_tokens(self) -> int:
+        """Of prompts that have no token yet, what of them was not stored before."""
+        return self._batch.num_computed_prompt_tokens
+
+    @property
     def num_context_tokens(self) -> int:
         """Of what runs, at this moment, steps inside of a leap included."""
         return self._batch.num_context_tokens + self._num_stepping * self._num_steps_done()

@@ -137,6 +137,7 @@ class SimulatedWorker:
         return worker_pb2.WorkerStatus(
             num_queued_prompts=self._num_queued_prompts,
             num_queued_prompt_tokens=self._num_queued_tokens,
+            num_computed_prompt_tokens=engine.num_computed_prompt_tokens,
             num_prefill_jobs=self._num_prefill_jobs,
             num_decode_jobs=self._num_decode_jobs,
             num_context_tokens=engine.num_context_tokens,

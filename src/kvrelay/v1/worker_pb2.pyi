@@ -511,11 +511,12 @@ class WorkerStatus(_message.Message):
     NUM_DECODE_JOBS_FIELD_NUMBER: _builtins.int
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_QUEUED_PROMPTS_FIELD_NUMBER: _builtins.int
+    NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     num_running_requests: _builtins.int
     num_waiting_requests: _builtins.int
     num_queued_prompt_tokens: _builtins.int
-    """Prompt tokens accepted and not yet computed."""
+    """Of prompts without a first token in the engine, those that were not stored when it got them."""
     engine_kv_usage: _builtins.float
     """Share of the engine's KV blocks in use, 0..1."""
     num_incoming_transfers: _builtins.int
@@ -528,6 +529,8 @@ class WorkerStatus(_message.Message):
     """Tokens of the sequences that the engine has: prompts and what was generated."""
     num_queued_prompts: _builtins.int
     """Prompts without a first token in the engine."""
+    num_computed_prompt_tokens: _builtins.int
+    """Of num_queued_prompt_tokens, those that it has computed meanwhile."""
     @_builtins.property
     def store(self) -> Global___BlockStoreStatus: ...
     @_builtins.property
@@ -558,10 +561,11 @@ class WorkerStatus(_message.Message):
         num_decode_jobs: _builtins.int = ...,
         num_context_tokens: _builtins.int = ...,
         num_queued_prompts: _builtins.int = ...,
+        num_computed_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_times", b"step_times", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "links", b"links", "num_context_tokens", b"num_context_tokens", "num_decode_jobs", b"num_decode_jobs", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_prefill_jobs", b"num_prefill_jobs", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_queued_prompts", b"num_queued_prompts", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "step_times", b"step_times", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "engine_kv_usage", b"engine_kv_usage", "links", b"links", "num_computed_prompt_tokens", b"num_computed_prompt_tokens", "num_context_tokens", b"num_context_tokens", "num_decode_jobs", b"num_decode_jobs", "num_incoming_transfers", b"num_incoming_transfers", "num_outgoing_transfers", b"num_outgoing_transfers", "num_prefill_jobs", b"num_prefill_jobs", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_queued_prompts", b"num_queued_prompts", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "step_times", b"step_times", "store", b"store", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

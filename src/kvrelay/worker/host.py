@@ -87,7 +87,7 @@ class WorkerHost:
         self.num_queued_prompts = 0
         """In the engine, without a first token."""
         self.num_queued_tokens = 0
-        """Of prompts without a first token, what is not stored."""
+        """Of prompts without a first token, what was not stored."""
         self.num_context_tokens = 0
         """Of all sequences in the engine."""
         self.timer = StepTimer(info.layout.block_size_tokens)
@@ -122,6 +122,11 @@ class WorkerHost:
     def num_requests(self) -> int:
         """In the engine."""
         return len(self._by_engine_id)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Of `num_queued_tokens`, what the engine has computed and saved meanwhile."""
+        return sum(each.num_computed_tokens for each in self._by_engine_id.values() if not each.has_first_token)
 
     def validate(self, prompt_token_ids: Sequence[int], params: common_pb2.SamplingParams) -> None:
         """Refuse what could harm the engine. Raises `InvalidRequestError`."""

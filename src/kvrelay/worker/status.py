@@ -15,6 +15,7 @@ def worker_status(host: WorkerHost, worker_id: str) -> worker_pb2.WorkerStatus:
         num_waiting_requests=max(0, host.num_requests - load.num_running_requests),
         num_queued_prompts=host.num_queued_prompts,
         num_queued_prompt_tokens=host.num_queued_tokens,
+        num_computed_prompt_tokens=host.num_computed_tokens,
         engine_kv_usage=load.kv_usage,
         num_incoming_transfers=host.receiver.num_transfers,
         num_outgoing_transfers=host.peers.num_transfers,

@@ -57,6 +57,8 @@ class Submission:
         self.engine_request_id = f"{work.request_id}.{ticket}"
         self.num_queued_tokens = hasher.num_tokens - slots.load_tokens
         """To compute before the first token, as far as the worker knows."""
+        self.num_computed_tokens = 0
+        """Of these, what is in blocks that the engine has saved."""
         self.num_tokens = len(work.prompt_token_ids)
         """Of the prompt, and generated."""
         self.submitted_s = time.monotonic()
@@ -101,6 +103,8 @@ class Submission:
             return False
         self._saving.pop(block, None)
         if block < len(self._names):
+            num_tokens = self.num_computed_tokens + self._hasher.block_size
+            self.num_computed_tokens = min(num_tokens, self.num_queued_tokens)
             self._finish_part(part, self._names[block])
         elif block < len(self._hasher.hashes):
             self._store_generated(slot, self._hasher.hashes[block])

@@ -26,10 +26,13 @@ def load_of(load: WorkerLoad) -> Load:
     )
 
 
-def status(prompts: int = 0, tokens: int = 0, sequences: int = 0, context: int = 0) -> worker_pb2.WorkerStatus:
+def status(
+    prompts: int = 0, tokens: int = 0, sequences: int = 0, context: int = 0, computed: int = 0
+) -> worker_pb2.WorkerStatus:
     return worker_pb2.WorkerStatus(
         num_queued_prompts=prompts,
         num_queued_prompt_tokens=tokens,
+        num_computed_prompt_tokens=computed,
         num_decode_jobs=sequences,
         num_context_tokens=context,
     )
@@ -99,6 +102,18 @@ def test_what_ended_does_not_wait_for_a_report() -> None:
     load.remove_prompt("r")
     load.remove_sequences("r")
     assert load_of(load) == (1, 30, 2, 200)
+
+
+def test_what_is_computed_of_a_prompt_is_not_queued_and_ends_with_it() -> None:
+    load = WorkerLoad()
+    load.add_prompt("r", 100)
+    load.add_prompt("s", 50)
+    load.report(status(2, 150, computed=70))
+    assert load_of(load)[:2] == (2, 80)
+    load.remove_prompt("r")
+    assert load_of(load)[:2] == (1, 50)
+    load.report(status(1, 50, computed=60))
+    assert load_of(load)[:2] == (1, 0)
 
 
 def test_sequences_that_are_in_prefill_only_do_not_count_as_generated() -> None:

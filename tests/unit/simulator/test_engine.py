@@ -170,3 +170,15 @@ def test_what_is_stored_is_loaded_in_the_step_that_begins_with_it() -> None:
     assert times_of(loaded)[0] == pytest.approx(first_s)
     second_s = first_s + 2.0 + 0.5 + 50 * 0.01 + 0.12 - 0.1
     assert times_of(other)[0] == times_of(decoding)[0] == times_of(loaded)[1] == pytest.approx(second_s)
+
+
+def test_what_is_computed_of_a_prompt_is_told_until_its_first_token() -> None:
+    rig = Rig()
+    step = LIMITS.max_batched_tokens
+    sequence = rig.submit(0.0, 3 * step, 2, num_computed=1)
+    sequence.num_queued_tokens = sequence.num_uncomputed_tokens - 1
+    told: list[int] = []
+    for number in range(2000):
+        rig.loop.at(number * 0.01, lambda: told.append(rig.engine.num_computed_prompt_tokens))
+    rig.loop.run()
+    assert list(dict.fromkeys(told)) == [0, step, 2 * step]

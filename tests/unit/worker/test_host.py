@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ async def test_a_request_runs_to_its_end() -> None:
         assert sum(len(delta.token_ids) for delta in deltas) == 5
         await eventually(lambda: not worker_status(host, "w").num_running_requests)
         assert_idle(host)
+
+
+async def test_what_is_computed_of_a_prompt_is_told_until_its_first_token() -> None:
+    engine = SimulatedEngine(replace(CONFIG, max_batched_tokens=8, prefill_overhead_s=0.05, time_scale=1))
+    told: list[tuple[int, int]] = []
+    async with open_host(engine, STORE, Tracing()) as host:
+        submission = await submit(host, [], prompt=list(range(40)))
+        while not submission.ended.is_set():
+            status = worker_status(host, "w")
+            told.append((status.num_queued_prompt_tokens, status.num_computed_prompt_tokens))
+            await asyncio.sleep(0.005)
+    assert list(dict.fromkeys(told)) == [(40, 0), (40, 8), (40, 16), (40, 24), (40, 32), (0, 0)]
 
 
 async def test_an_engine_that_refuses_a_request_leaves_nothing() -> None:

@@ -115,6 +115,16 @@ def test_prompt_blocks_are_stored_under_their_names() -> None:
     rig.assert_over(num_granted=2)
 
 
+def test_what_is_saved_of_a_prompt_counts_as_computed() -> None:
+    rig = Rig(save_partial=True)
+    counts = []
+    for block in (1, 2):
+        for first in (0, LAYERS // 2):
+            rig.submission.saved(BlockPart(block, rig.saving[block], first, LAYERS // 2))
+            counts.append(rig.submission.num_computed_tokens)
+    assert counts == [0, BLOCK, BLOCK, rig.submission.num_queued_tokens]
+
+
 def test_a_generated_block_gets_its_name_with_its_last_token() -> None:
     rig = Rig()
     rig.saved(1, rig.saving[1])
