@@ -92,8 +92,8 @@ async def serve(cluster: RunningCluster, share: float, requests: Sequence[TraceR
 
     async def ask() -> None:
         while True:
-            told.append(like_workers(await ask_workers(cluster.etcd, cluster.cluster, _ASK_EVERY_S)))
             await asyncio.sleep(_ASK_EVERY_S)
+            told.append(like_workers(await ask_workers(cluster.etcd, cluster.cluster, _ASK_EVERY_S)))
 
     config = ReplayConfig(origin=Origin.parse(cluster.http_url), fit=Fit(vocab_size=_VOCAB_SIZE, seed=seed))
     async with open_replay(requests, config) as replay, asyncio.TaskGroup() as group:
