@@ -171,12 +171,13 @@ def main() -> None:
             for place, share in enumerate(given.loads):
                 requests = load_of(given.requests, gap_for(share, times, given.requests, seed), seed)
                 prompts_seed = 2 + number * len(given.loads) + place
+                _say(f"load {share:g}, round {number}: serving for {requests[-1].arrived_s:.0f} s and more")
                 of_round.append(uvloop.run(serve(cluster, share, requests, prompts_seed)))
             for served in of_round:
                 row = compare(served, [one for one in of_round if one is not served], number)
                 rows.append(row)
-                said = ", ".join(f"{name} {row[f'{name}_ratio']:.2f}" for name in _FIGURES)
-                print(f"load {served.share:g}, round {number}: {said}", file=sys.stderr, flush=True)
+                ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.2f}" for name in _FIGURES)
+                _say(f"load {served.share:g}, round {number}: simulated over measured: {ratios}")
     config = {name: value for name, value in vars(given).items() if name != "json"}
     report = Report("simulator", {**config, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS})
     report.rows = by_load(rows)
@@ -185,6 +186,10 @@ def main() -> None:
     report.figures["farthest_predicted_ratio"] = farthest(report.rows, "predicted_ratio")
     report.notes.append("Ratios: simulated over measured; predicted: with what workers took at the other loads.")
     report.finish(given.json)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

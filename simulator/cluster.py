@@ -14,10 +14,14 @@ from kvrelay.simulator.timing import TimeModel
 from kvrelay.simulator.worker import SimulatedWorker
 from kvrelay.step_times.model import StepTimes
 from kvrelay.v1 import cluster_pb2
+from kvrelay.workload.trace import TraceRequest
 
 
-def make_workers(loop: EventLoop, config: ClusterConfig, times: TimeModel) -> list[SimulatedWorker]:
-    """Idle and empty ones."""
+def make_workers(
+    loop: EventLoop, config: ClusterConfig, times: TimeModel, requests: Sequence[TraceRequest]
+) -> list[SimulatedWorker]:
+    """Idle and empty ones. Their stores have at most the slots that these requests need, all of them together."""
+    num_slots = min(config.hardware.num_store_blocks, _num_blocks(requests, config.hardware.block_tokens))
     links = Links(config.hardware.link_bytes_per_s)
     roles = (
         ("prefill", cluster_pb2.ROLE_PREFILL, config.num_prefill),
@@ -30,11 +34,16 @@ def make_workers(loop: EventLoop, config: ClusterConfig, times: TimeModel) -> li
             role,
             loop,
             config.hardware,
-            (HostStore(config.hardware.num_store_blocks), SimulatedEngine(loop, times, config.engine), links),
+            (HostStore(num_slots), SimulatedEngine(loop, times, config.engine), links),
         )
         for name, role, num_workers in roles
         for number in range(num_workers)
     ]
+
+
+def _num_blocks(requests: Sequence[TraceRequest], block_tokens: int) -> int:
+    """Of prompts and answers, as if they shared none."""
+    return sum((each.num_prompt_tokens + each.num_output_tokens) // block_tokens + 1 for each in requests)
 
 
 def make_views(workers: Sequence[SimulatedWorker], config: ClusterConfig, believed: StepTimes) -> list[WorkerView]:

@@ -57,7 +57,7 @@ def simulate(
     coordinator, and requests go to these in turn. Plans are to meet `targets`.
     """
     loop, balance, outcomes = EventLoop(), Balance(), dict[int, Outcome]()
-    workers = make_workers(loop, config, times)
+    workers = make_workers(loop, config, times, requests)
     believed = believed_times(times, config.engine.max_batched_tokens)
 
     def on_outcome(outcome: Outcome) -> None:

@@ -119,7 +119,7 @@ def test_workers_are_like_those_of_a_running_cluster(
     assert "measured over 10 prompts and 20 steps" in result.output
     assert asked == [(["10.0.0.1:2379"], "mine")]
     record = read_record(path)
-    assert record.summary.tpot_s.p50 == pytest.approx(0.05)
+    assert record.summary.tpot_s.p50 == pytest.approx(0.05, rel=0.01)
     assert (record.config["hardware"], record.config["max_batched_tokens"]) == (None, 512)
 
 

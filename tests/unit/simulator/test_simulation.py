@@ -101,6 +101,13 @@ def test_the_index_speculates_and_forgets_what_was_evicted() -> None:
     assert stored == [0, 10, 0, 0]
 
 
+def test_a_store_of_any_size_takes_no_more_memory_than_the_load() -> None:
+    huge = replace(HARDWARE, store_bytes=1 << 60)
+    load = [request(number, number * 1.0, 100, 5, *range(10)) for number in range(3)]
+    workers = run(load, cluster(hardware=huge), ChosenScheduler(split)).workers
+    assert all(worker.store.usage().num_slots == 33 for worker in workers)
+
+
 def test_coordinators_see_the_load_of_each_other() -> None:
     seen: list[list[int]] = []
 
