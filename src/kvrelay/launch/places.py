@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -9,10 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 
 from kvrelay.launch.state import RunningCluster
 
 _MAX_KEPT_LOGS = 20
+_PORTS = range(16384, 32768)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +58,24 @@ class Places:
 
 
 def with_port(address: str) -> str:
-    """The address with a port that is free now, where it has port 0."""
+    """The address with a port that is free now, where it has port 0.
+
+    It is none of those that systems give to outgoing connections, for one of these could take it before it is bound.
+    """
     host, _, port = address.rpartition(":")
     if port != "0":
         return address
     name = host.strip("[]")
-    with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as probe:
-        probe.bind((name, 0))
-        return f"{host}:{probe.getsockname()[1]}"
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as probe:
+            candidate = SystemRandom().choice(_PORTS)
+            try:
+                probe.bind((name, candidate))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise
+            return f"{host}:{candidate}"
 
 
 def new_log_dir(state_dir: Path) -> Path:

@@ -141,6 +141,7 @@ def test_addresses_as_this_machine_dials_them() -> None:
 def test_port_zero_becomes_a_free_one() -> None:
     assert with_port("127.0.0.1:80") == "127.0.0.1:80"
     host, _, port = with_port("127.0.0.1:0").rpartition(":")
+    assert 16384 <= int(port) < 32768, "none that an outgoing connection may get"
     assert (host, int(port) > 0) == ("127.0.0.1", True)
 
 
