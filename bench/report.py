@@ -100,7 +100,7 @@ class Report:
             "benchmark": self.name,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine_facts(),
-            "commit": commit(),
+            "commit": _COMMIT,
             "versions": versions(),
             "config": dict(self.config),
             **self.figures,
@@ -184,3 +184,7 @@ def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     spreads = {name: [value.low, value.high] for name, value in row.items() if isinstance(value, Spread)}
     plain = {name: value.median if isinstance(value, Spread) else value for name, value in row.items()}
     return {**plain, "spread": spreads} if spreads else plain
+
+
+_COMMIT = commit()
+"""Asked for at the start: the working tree may move on while a benchmark runs."""

@@ -23,14 +23,13 @@ class _Tally:
         self.num += num
         self.num_tokens += num_tokens
 
-    def remove(self, request_id: str) -> bool:
-        """Whether it was there."""
+    def remove(self, request_id: str) -> tuple[int, int] | None:
+        """How many it was, and their tokens; None when it was not there."""
         entry = self._entries.pop(request_id, None)
-        if entry is None:
-            return False
-        self.num -= entry[0]
-        self.num_tokens -= entry[1]
-        return True
+        if entry is not None:
+            self.num -= entry[0]
+            self.num_tokens -= entry[1]
+        return entry
 
     def get(self, request_id: str) -> tuple[int, int] | None:
         """How many, and their tokens; None when it is not there."""
@@ -66,10 +65,9 @@ class WorkerLoad:
 
     def remove_prompt(self, request_id: str) -> bool:
         """It is computed, or will not be; returns whether it was there."""
-        entry = self._prompts.get(request_id)
+        entry = self._prompts.remove(request_id)
         if entry is None:
             return False
-        self._prompts.remove(request_id)
         self._num_computed_tokens = max(0, self._num_computed_tokens - entry[1])
         return True
 
@@ -85,7 +83,7 @@ class WorkerLoad:
     def remove_sequences(self, request_id: str) -> bool:
         """They are over; returns whether they were there."""
         self._sent_sequences.remove(request_id)
-        return self._sequences.remove(request_id)
+        return self._sequences.remove(request_id) is not None
 
     def report(self, status: worker_pb2.WorkerStatus) -> None:
         """Take a worker's report; an empty one forgets the last."""

@@ -60,15 +60,15 @@ class Places:
 def with_port(address: str) -> str:
     """The address with a port that is free now, where it has port 0.
 
-    It is none of those that systems give to outgoing connections, for one of these could take it before it is bound.
+    It is none of those that systems by default give to outgoing connections, for one of these could take it before it
+    is bound. Raises `OSError` when there is none, or no such host.
     """
     host, _, port = address.rpartition(":")
     if port != "0":
         return address
     name = host.strip("[]")
-    while True:
+    for candidate in SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as probe:
-            candidate = SystemRandom().choice(_PORTS)
             try:
                 probe.bind((name, candidate))
             except OSError as error:
@@ -76,6 +76,7 @@ def with_port(address: str) -> str:
                     continue
                 raise
             return f"{host}:{candidate}"
+    raise OSError(errno.EADDRINUSE, f"no port of {host} from {_PORTS[0]} to {_PORTS[-1]} is free")
 
 
 def new_log_dir(state_dir: Path) -> Path:

@@ -79,7 +79,6 @@ def test_decode_workers_compute_all_prompts_if_told_so() -> None:
 
 
 def test_of_plans_near_the_best_one_without_a_queue_is_taken() -> None:
-    """A fetch is time, too, but nobody is in the way."""
     queued = view("p1", PREFILL, num_queued_prompt_tokens=100, num_queued_prompts=1)
     for seed in range(10):
         workers = [queued, view("p2", PREFILL), view("d1", DECODE)]
