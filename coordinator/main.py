@@ -38,7 +38,7 @@ from kvrelay.coordinator.prompt_rendering import ChatTemplate
 from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.etcd import EtcdConfig, connect
-from kvrelay.grpc_options import server_options
+from kvrelay.grpc_options import listen_at, server_options
 from kvrelay.membership import coordinator_key, follow_workers, list_coordinators, register
 from kvrelay.signals import StopSignals
 from kvrelay.tracing import Tracing, configure_tracing
@@ -203,8 +203,8 @@ async def _grpc_server(
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = server.add_insecure_port(config.grpc_listen)
-    own_port = server.add_insecure_port(with_free_port(config.grpc_listen)) if config.shares_ports else port
+    port = listen_at(server, config.grpc_listen)
+    own_port = listen_at(server, with_free_port(config.grpc_listen)) if config.shares_ports else port
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         publishing = tasks.create_task(_publish_health(engine, servicer), name="publish health")

@@ -74,10 +74,7 @@ class PushServer:
                 response_serializer=kv_transfer_pb2.FrameAcks.SerializeToString,
             )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        try:
-            port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen at {listen} for KV blocks: {error}") from error
+        port = grpc_options.listen_at(self._server, listen)
         self._server.start()
         return port
 

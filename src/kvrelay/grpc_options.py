@@ -66,6 +66,16 @@ def channel_options(*, own_connection: bool = False) -> Options:
     ]
 
 
+def listen_at(server: grpc.Server | grpc.aio.Server, address: str) -> int:
+    """Open a plaintext port at `address` (host:port, 0 for a free one); returns the port. Raises `OSError`."""
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(
+            f"cannot listen at {address}: something else does, or it is no address of this machine"
+        ) from error
+
+
 def open_channel(address: str, *, own_connection: bool = False) -> grpc.aio.Channel:
     """Open a plaintext channel in the running loop; the caller closes it."""
     return grpc.aio.insecure_channel(address, options=channel_options(own_connection=own_connection))

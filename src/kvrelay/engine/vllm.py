@@ -64,6 +64,8 @@ _FINISH_REASONS = {
 _OTHER_PARALLELISM = ("pipeline", "prefill_context", "decode_context")
 
 _CPU_LAYER_GROUPS = 6
+_CPU_WORKER = "kvrelay.engine.vllm_cpu_worker.SeededCPUWorker"
+"""Imported by the engine core only."""
 _SHUTDOWN_S = 4.0
 """The engine core gets this long before it is killed; alone it needs 2.5 s to leave Python, several ranks need more."""
 
@@ -202,6 +204,8 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
         reason = "see above" if isinstance(error, SystemExit) else error
         raise EngineOptionError(f"vLLM does not take the options {' '.join(config.options)}: {reason}") from error
     engine_args = AsyncEngineArgs.from_cli_args(args)
+    if current_platform.is_cpu() and engine_args.worker_cls == "auto":
+        engine_args.worker_cls = _CPU_WORKER
     if current_platform.is_cpu() and engine_args.tensor_parallel_size == 1:
         # A process for the only rank polls for a second after every step, on a core that others use as well.
         engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or UniProcExecutor

@@ -163,7 +163,7 @@ async def _drain(drain_s: float, host: WorkerHost, served: Served) -> None:
 async def open_server(config: WorkerConfig, host: WorkerHost, publish: Publish) -> AsyncIterator[Served]:
     """The worker's two ports, open inside this context. Raises `OSError` when one is taken."""
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
-    port = server.add_insecure_port(config.listen)
+    port = grpc_options.listen_at(server, config.listen)
     listening = f"{_host_of(config.listen)}:{port}"
     record = WorkerRecord(_worker_info(config, host.info, config.advertise or listening), publish)
     address = host.borrower.address = record.info.address

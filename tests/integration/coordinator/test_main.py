@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import sys
 import time
@@ -206,22 +207,25 @@ async def test_services_can_be_reflected(model_folder: Path) -> None:
         assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-async def test_taken_port_is_an_error_that_leaves_nothing(model_folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+async def test_taken_port_is_an_error_that_leaves_nothing(model_folder: Path, kind: str) -> None:
     async with etcd_client() as (endpoint, client):
         async with running(config_of(endpoint, model_folder), Tracing()) as info:
-            taken = info.http_url.removeprefix("http://")
+            taken = {"http": info.http_url.removeprefix("http://"), "grpc": info.grpc_address}[kind]
+            listen = {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0", kind: taken}
             with pytest.raises(BaseExceptionGroup) as raised:
                 async with running(
                     CoordinatorConfig(
                         coordinator_id="c2",
                         etcd=[endpoint],
-                        http_listen=taken,
                         front_end=FrontEndConfig(model=str(model_folder), served_model_name=MODEL),
+                        http_listen=listen["http"],
+                        grpc_listen=listen["grpc"],
                     ),
                     Tracing(),
                 ):
                     pytest.fail("it must not start")
-            assert raised.group_contains(OSError, match="in use")
+            assert raised.group_contains(OSError, match=f"{re.escape(taken)}|in use")
         assert not (await client.list_prefix(coordinators_prefix("default"))).entries
 
 
