@@ -41,6 +41,7 @@ class Candidate:
     def __init__(self, client: EtcdClient, name: str, ttl_s: int = TTL_S) -> None:
         self.name = name
         self.is_leading = False
+        self.has_left = False
         self.num_terms = 0
         self.lost: EtcdError | None = None
         self.leave = asyncio.Event()
@@ -56,6 +57,7 @@ class Candidate:
                     await self.leave.wait()
                 finally:
                     self.is_leading = False
+            self.has_left = True
         except EtcdError as error:
             self.lost = error
 
@@ -88,7 +90,7 @@ async def test_one_of_three_leads_and_the_next_one_follows_at_once(client: EtcdC
             assert await value(client) == leader.name.encode()
             led.append(leader)
             leader.leave.set()
-            await until(lambda: not leader.is_leading)  # noqa: B023 - awaited here
+            await until(lambda: leader.has_left)  # noqa: B023 - awaited here
         assert len({leader.name for leader in led}) == 3
         assert [candidate.num_terms for candidate in candidates] == [1, 1, 1]
     assert await value(client) is None
