@@ -46,6 +46,10 @@ from kvrelay.v1 import common_pb2, inference_pb2, worker_pb2
 class ClusterEngineConfig:
     kv_wait_ms: int = 10_000
     """How long a decode worker waits for announced KV blocks before it computes what is missing."""
+    max_plans: int = 3
+    """Of one request: it goes on elsewhere when its workers are lost, so often at most with the first."""
+    wait_for_workers_s: float = 30.0
+    """How long a request that has lost its worker waits for another to come."""
     max_requests: int = 4096
     """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""
     max_completions_per_request: int = MAX_N
@@ -85,7 +89,12 @@ class ClusterEngine(EngineControls):
         self._outputs = front_end.output_processor
         self.metrics = RequestMetrics()
         self._sink = EngineOutputSink(self._outputs, self.metrics, self._config.max_kept_requests)
-        dispatcher_config = DispatcherConfig(model=front_end.served_model_name, kv_wait_ms=self._config.kv_wait_ms)
+        dispatcher_config = DispatcherConfig(
+            model=front_end.served_model_name,
+            kv_wait_ms=self._config.kv_wait_ms,
+            max_plans=self._config.max_plans,
+            wait_for_workers_s=self._config.wait_for_workers_s,
+        )
         self._dispatcher = Dispatcher(pool, self._sink, scheduler, index or PrefixIndex(), dispatcher_config)
         admission = self._config.admission
         capacity = WorkerCapacity(
@@ -262,6 +271,10 @@ class ClusterEngine(EngineControls):
         limits = [view.max_model_len_tokens for view in self._serving() if view.max_model_len_tokens]
         self._front_end.limit_model_len(min(limits, default=None))
         self._workers_changed.set()
+        self._dispatcher.on_workers_changed()
+
+    def on_closed(self) -> None:
+        self._dispatcher.on_closed()
 
     def _serving(self) -> list[Any]:
         return [view for view in self._pool.views() if view.model == self.served_model_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ class OutputSink(Protocol):
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Take the tokens of one message; returns the ids of completions that need no more of them."""
 
+    def replanned(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
+        """What was lost of it goes on elsewhere."""
+
     def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
         """No more tokens will come for these."""
 
@@ -57,6 +61,18 @@ class DispatcherConfig:
     model: str
     kv_wait_ms: int = 10_000
     """How long the decode worker waits for blocks that were announced, after the first token."""
+    max_plans: int = 3
+    """Of one request: more workers than that are not lost to it."""
+    wait_for_workers_s: float = 30.0
+    """How long a request that has lost its worker waits for another to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    flow: RequestFlow
+    error: KvrelayError
+    """What it fails with when nobody comes."""
+    timer: asyncio.TimerHandle
 
 
 class Dispatcher:
@@ -71,11 +87,13 @@ class Dispatcher:
         self._sink = sink
         self._config = config
         self._flows: dict[str, RequestFlow] = {}
-        """By the id of the request and by the ids of its completions."""
+        """By the ids of the request and its completions, the client's and those at the workers of its plan."""
+        self._waiting: dict[str, _Waiting] = {}
+        """Requests that wait for workers to come, by their id."""
 
     @property
     def num_requests(self) -> int:
-        return len({id(flow) for flow in self._flows.values()})
+        return len(self._distinct_flows())
 
     def submit(self, request: FlowRequest, timeline: RequestTimeline, trace: RequestTrace) -> None:
         """Plan and start a request.
@@ -86,28 +104,32 @@ class Dispatcher:
         began_s = time.perf_counter()
         with trace.span("schedule"):
             views = self._pool.views()
-            prompt = self._indexed(request, views)
+            prompt = self._indexed(request.cache_salt, request.prompt_token_ids, views)
             decision = self._scheduler.plan(self._shape(request, prompt), views)
         schedule_s = time.perf_counter() - began_s
         timeline.mark("schedule.done")
-        chosen = decision.plan
-        flow = RequestFlow(request, chosen, timeline, trace, self._config.kv_wait_ms)
+        flow = RequestFlow(request, decision.plan, timeline, trace, self._config.kv_wait_ms)
         for request_id in _ids(flow):
             self._flows[request_id] = flow
         try:
-            num_sequences, num_tokens = len(request.completions), len(request.prompt_token_ids)
-            self._pool.reserve_sequences(
-                chosen.decode.worker_id, request.request_id, num_sequences, num_sequences * num_tokens
-            )
-            prompt.promise(chosen.decode)
-            self._start(flow, prompt, num_tokens - decision.chosen.num_cached_tokens)
+            self._launch(flow, prompt, decision)
         except KvrelayError:
-            prompt.retract(chosen.decode)
-            for request_id in _ids(flow):  # Some of its messages may be queued already.
-                self._pool.send_cancel(chosen.decode.worker_id, request_id)
             self._forget(flow)
             raise
         self._sink.started(flow, decision, schedule_s)
+
+    def _launch(self, flow: RequestFlow, prompt: IndexedPrompt, decision: Decision) -> None:
+        """Send what begins a plan. On failure nothing of the plan is left at the workers."""
+        decode = flow.plan.decode
+        num_sequences, num_tokens = len(flow.open_ids), decision.num_prompt_tokens
+        try:
+            self._pool.reserve_sequences(decode.worker_id, flow.job_id, num_sequences, num_sequences * num_tokens)
+            prompt.promise(decode)
+            self._start(flow, prompt, num_tokens - decision.chosen.num_cached_tokens)
+        except KvrelayError:
+            prompt.retract(decode)
+            self._leave(flow)
+            raise
 
     def cancel(self, completion_ids: Sequence[str]) -> None:
         """The client needs no more tokens of these; what is unknown or over is ignored."""
@@ -137,33 +159,130 @@ class Dispatcher:
         flow = self._flows.get(failed.request_id)
         if flow is None:
             return
-        if self._is_prefilling_on(flow, worker_id):
-            if failed.reason != worker_pb2.RequestFailed.REASON_INVALID:
-                _log.warning("prefill failed", request_id=failed.request_id, worker_id=worker_id, reason=failed.message)
-                self._prefill_lost(flow)
-                return
-        elif self._is_pushing_from(flow, worker_id):
+        if self._is_pushing_from(flow, worker_id):
             self._push_lost(flow)
             return
-        elif flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE:
+        prefilling = self._is_prefilling_on(flow, worker_id)
+        if not prefilling and (flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE):
             return
         kind = _FAILURES.get(failed.reason, GenerationFailedError)
-        self._fail(flow, kind(f"worker {worker_id}: {failed.message}"))
+        error = kind(f"worker {worker_id}: {failed.message}")
+        if kind is InvalidRequestError:
+            self._fail(flow, error)
+            return
+        flow.unfit_worker_ids.add(worker_id)
+        self._replan(flow, error, prefilling=prefilling)
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
-        """Prefills that were there are computed by their decode workers; decodes fail."""
-        for flow in list({id(flow): flow for flow in self._flows.values()}.values()):
+        """What was there goes on elsewhere."""
+        for flow in self._distinct_flows():
+            if flow.phase is Phase.UNPLANNED:
+                continue
             if flow.plan.decode.worker_id == worker_id:
-                self._fail(flow, WorkerLostError(f"decode worker {worker_id} was lost: {reason}; try again"))
+                error = WorkerLostError(f"decode worker {worker_id} was lost: {reason}; try again")
+                self._replan(flow, error, prefilling=False)
             elif self._is_prefilling_on(flow, worker_id):
-                self._prefill_lost(flow)
+                error = WorkerLostError(f"prefill worker {worker_id} was lost: {reason}; try again")
+                self._replan(flow, error, prefilling=True)
             elif self._is_pushing_from(flow, worker_id):
                 self._push_lost(flow)
 
-    def _indexed(self, request: FlowRequest, views: Sequence[WorkerView]) -> IndexedPrompt:
+    def on_workers_changed(self) -> None:
+        """Somebody may have come for whom requests wait."""
+        for waiting in list(self._waiting.values()):
+            self._go_on(waiting.flow, waiting.error)
+
+    def on_closed(self) -> None:
+        """Nobody will come for whom requests wait."""
+        for waiting in list(self._waiting.values()):
+            self._fail(waiting.flow, waiting.error)
+
+    def _distinct_flows(self) -> list[RequestFlow]:
+        return list({id(flow): flow for flow in self._flows.values()}.values())
+
+    def _replan(self, flow: RequestFlow, error: KvrelayError, *, prefilling: bool) -> None:
+        """A worker of its plan is lost, or has failed it: make another plan for the rest of it, or fail it.
+
+        A prompt whose prefill was lost once too often is computed by its decode worker.
+        """
+        _log.warning("plan failed", request_id=flow.job_id, prefilling=prefilling, reason=error.message)
+        if flow.num_plans < self._config.max_plans and flow.can_go_on:
+            self._give_up(flow, error, prefilling=prefilling)
+            self._go_on(flow, error)
+        elif prefilling:
+            self._release_prefill(flow)
+            flow.on_prefill_lost()
+            self._settle(flow)
+        else:
+            self._give_up(flow, error, prefilling=prefilling)
+            self._fail(flow, error)
+
+    def _give_up(self, flow: RequestFlow, error: KvrelayError, *, prefilling: bool) -> None:
+        """Nobody counts on blocks that the workers were to have and may not; a lost decode worker's prompt is at its
+        prefill worker still.
+        """
+        self._leave(flow)
+        prefill, decode = flow.plan.prefill, flow.plan.decode
+        workers = [prefill, decode] if prefilling and prefill is not None else [decode]
+        prompt = self._indexed(flow.request.cache_salt, flow.request.prompt_token_ids, workers)
+        for worker in workers:
+            prompt.retract(worker)
+        for job_id in flow.job_ids - _ids(flow):
+            del self._flows[job_id]
+        flow.give_up(error.message)
+
+    def _go_on(self, flow: RequestFlow, error: KvrelayError) -> None:
+        """Plan the rest of a request, or let it wait until somebody is there for it, and then fail with `error`."""
+        began_s = time.perf_counter()
+        try:
+            with flow.trace.span("schedule"):
+                views = [view for view in self._pool.views() if view.worker_id not in flow.unfit_worker_ids]
+                prompt = self._indexed(flow.request.cache_salt, flow.longest, views)
+                decision = self._scheduler.plan(self._shape_of_rest(flow, prompt), views)
+        except NoWorkersError:
+            if flow.unfit_worker_ids:
+                self._fail(flow, error)
+            else:
+                self._wait_for_workers(flow, error)
+            return
+        except KvrelayError as refusal:
+            self._fail(flow, refusal)
+            return
+        self._stop_waiting(flow)
+        flow.restart(decision.plan)
+        self._flows.update(dict.fromkeys(flow.job_ids, flow))
+        try:
+            self._launch(flow, prompt, decision)
+        except KvrelayError as refusal:
+            self._replan(flow, refusal, prefilling=False)
+            return
+        self._sink.replanned(flow, decision, time.perf_counter() - began_s)
+
+    def _wait_for_workers(self, flow: RequestFlow, error: KvrelayError) -> None:
+        request_id = flow.request.request_id
+        if request_id not in self._waiting:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(self._config.wait_for_workers_s, self._fail, flow, error)
+            self._waiting[request_id] = _Waiting(flow, error, timer)
+
+    def _stop_waiting(self, flow: RequestFlow) -> None:
+        if waiting := self._waiting.pop(flow.request.request_id, None):
+            waiting.timer.cancel()
+
+    def _indexed(self, cache_salt: str, token_ids: Sequence[int], views: Sequence[WorkerView]) -> IndexedPrompt:
         serving = [view for view in views if view.model == self._config.model]
-        now_s = time.monotonic()
-        return IndexedPrompt(self._index, request.cache_salt, request.prompt_token_ids, serving, now_s)
+        return IndexedPrompt(self._index, cache_salt, token_ids, serving, time.monotonic())
+
+    def _shape_of_rest(self, flow: RequestFlow, prompt: IndexedPrompt) -> RequestShape:
+        """Its client has been promised an answer: no target refuses it."""
+        return RequestShape(
+            model=self._config.model,
+            num_prompt_tokens=len(flow.longest),
+            num_sequences=len(flow.open_ids),
+            max_tokens=flow.request.completions[0].sampling.max_tokens,
+            num_stored_blocks=prompt.num_stored_blocks(),
+            may_split=flow.may_split,
+        )
 
     def _shape(self, request: FlowRequest, prompt: IndexedPrompt) -> RequestShape:
         return RequestShape(
@@ -179,7 +298,7 @@ class Dispatcher:
     def _start(self, flow: RequestFlow, prompt: IndexedPrompt, num_uncached_tokens: int) -> None:
         prefill = flow.start()
         if prefill is None or flow.plan.prefill is None:
-            self._pool.queue_prompt(flow.plan.decode.worker_id, flow.request.request_id, num_uncached_tokens)
+            self._pool.queue_prompt(flow.plan.decode.worker_id, flow.job_id, num_uncached_tokens)
             self._send_decodes(flow)
             return
         try:
@@ -196,19 +315,19 @@ class Dispatcher:
                 return None
             waited_for_blocks = flow.prefill_may_run
             if flow.plan.prefill is None:
-                self._pool.end_prefill(worker_id, flow.request.request_id)
+                self._pool.end_prefill(worker_id, flow.job_id)
             output = flow.on_decode_delta(delta)
             if waited_for_blocks and not flow.prefill_may_run:
                 self._release_prefill(flow)
             return output
-        if self._is_prefilling_on(flow, worker_id):
-            self._pool.end_prefill(worker_id, flow.request.request_id)
+        if self._is_prefilling_on(flow, worker_id) and delta.request_id == flow.job_id:
+            self._pool.end_prefill(worker_id, flow.job_id)
             return flow.on_prefill_delta(delta)
         return None
 
     def _release_prefill(self, flow: RequestFlow) -> None:
         if flow.plan.prefill:
-            self._pool.release_prefill(flow.plan.prefill.worker_id, flow.request.request_id)
+            self._pool.release_prefill(flow.plan.prefill.worker_id, flow.job_id)
 
     def _settle(self, flow: RequestFlow) -> None:
         """After the client has got its tokens: finish the request, or send its second half."""
@@ -219,28 +338,24 @@ class Dispatcher:
             try:
                 self._send_decodes(flow)
             except KvrelayError as error:
-                self._fail(flow, error)
+                self._replan(flow, error, prefilling=False)
 
     def _send_decodes(self, flow: RequestFlow) -> None:
-        self._pool.send_decodes(flow.plan.decode.worker_id, flow.request.request_id, flow.decodes())
-
-    def _prefill_lost(self, flow: RequestFlow) -> None:
-        self._release_prefill(flow)
-        flow.on_prefill_lost()
-        self._settle(flow)
+        self._pool.send_decodes(flow.plan.decode.worker_id, flow.job_id, flow.decodes())
 
     def _push_lost(self, flow: RequestFlow) -> None:
         """The decode worker computes what has not arrived, at once."""
         self._release_prefill(flow)
-        self._pool.send_kv_lost(flow.plan.decode.worker_id, flow.request.request_id)
+        self._pool.send_kv_lost(flow.plan.decode.worker_id, flow.job_id)
 
     def _stop(self, flow: RequestFlow, completion_id: str) -> None:
         """End one completion early, on the workers too."""
         if completion_id not in flow.open_ids:
             return
-        flow.stop(completion_id)
+        job_ids = flow.stop(completion_id)
         if flow.phase is Phase.DECODE:
-            self._pool.send_cancel(flow.plan.decode.worker_id, completion_id)
+            for job_id in job_ids:
+                self._pool.send_cancel(flow.plan.decode.worker_id, job_id)
         if flow.done:
             self._cancel_prefill(flow)
             self._forget(flow)
@@ -254,20 +369,28 @@ class Dispatcher:
 
     def _cancel_prefill(self, flow: RequestFlow) -> None:
         """Of a request that is over: the prefill worker may push still, and the decode worker hold blocks for it."""
-        if flow.plan.prefill is not None and flow.prefill_may_run:
-            request_id = flow.request.request_id
-            self._pool.send_cancel(flow.plan.prefill.worker_id, request_id)
+        if flow.prefill_may_run and flow.plan.prefill is not None:
+            self._pool.send_cancel(flow.plan.prefill.worker_id, flow.job_id)
             if flow.phase is not Phase.DECODE:
-                self._pool.send_cancel(flow.plan.decode.worker_id, request_id)
+                self._pool.send_cancel(flow.plan.decode.worker_id, flow.job_id)
+
+    def _leave(self, flow: RequestFlow) -> None:
+        """Let go of everything that the workers of a plan have of it, or may get still. Idempotent."""
+        self._cancel_prefill(flow)
+        for job_id in flow.job_ids:
+            self._pool.send_cancel(flow.plan.decode.worker_id, job_id)
+        self._release_prefill(flow)
+        self._pool.release_sequences(flow.plan.decode.worker_id, flow.job_id)
 
     def _forget(self, flow: RequestFlow) -> None:
         """Drop every trace of a request that is over or was never sent. Idempotent."""
         if self._flows.pop(flow.request.request_id, None) is None:
             return
-        for request_id in _ids(flow):
+        for request_id in (*_ids(flow), *flow.job_ids):
             self._flows.pop(request_id, None)
+        self._stop_waiting(flow)
         self._release_prefill(flow)
-        self._pool.release_sequences(flow.plan.decode.worker_id, flow.request.request_id)
+        self._pool.release_sequences(flow.plan.decode.worker_id, flow.job_id)
         flow.trace.close()
         self._sink.finished(flow)
 
@@ -286,4 +409,5 @@ class Dispatcher:
 
 
 def _ids(flow: RequestFlow) -> set[str]:
+    """By which the front end knows a request."""
     return {flow.request.request_id, *(completion.request_id for completion in flow.request.completions)}

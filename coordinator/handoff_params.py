@@ -14,13 +14,21 @@ def exact_on_prefill(params: common_pb2.SamplingParams, num_sequences: int) -> b
     Not so where the sampler keeps state over the output: a seeded generator that has advanced,
     penalties and bad words over what was generated, min_tokens, a grammar, several sequences.
     """
-    seeded = params.HasField("seed") and params.temperature >= GREEDY_BELOW
-    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
     return not (
-        num_sequences != 1
-        or seeded
-        or penalised
-        or params.min_tokens
+        num_sequences != 1 or keeps_sampler_state(params) or params.repetition_penalty != 1.0 or params.min_tokens
+    )
+
+
+def keeps_sampler_state(params: common_pb2.SamplingParams) -> bool:
+    """Whether a sampler goes by more than the tokens so far: by which of them it has generated, or how often it has drawn.
+
+    Not so for a repetition penalty, which counts the prompt as well.
+    """
+    seeded = params.HasField("seed") and params.temperature >= GREEDY_BELOW
+    return bool(
+        seeded
+        or params.presence_penalty
+        or params.frequency_penalty
         or params.bad_words_token_ids
         or params.HasField("structured_output")
     )
@@ -59,6 +67,7 @@ def decode_params(params: common_pb2.SamplingParams, *, num_sampled: int, prefil
     rest = common_pb2.SamplingParams()
     rest.CopyFrom(params)
     rest.max_tokens = params.max_tokens - num_sampled
+    rest.min_tokens = max(0, params.min_tokens - num_sampled)
     if prefilled:
         rest.ClearField("prompt_logprobs")
     return rest

@@ -57,6 +57,12 @@ class EngineOutputSink:
             num_prompt_tokens=len(flow.request.prompt_token_ids),
         )
 
+    def replanned(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
+        """`kvrelay explain` tells of the last plan."""
+        self._metrics.decided(decision.policy, "local" if flow.plan.prefill is None else "split", schedule_s)
+        self._metrics.num_replanned += 1
+        self.decisions.add(flow.request.external_id, decision, 0.0)
+
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
 

@@ -32,6 +32,9 @@ class PoolListener(Protocol):
     def on_workers_changed(self) -> None:
         """A worker connected, left, or changed its record."""
 
+    def on_closed(self) -> None:
+        """No worker is there any more, and none will come."""
+
 
 class _Member:
     """A worker's record, its link, and the view of it that the scheduler reads."""
@@ -77,9 +80,10 @@ class WorkerPool:
             try:
                 yield
             finally:
+                self._tasks = None
                 for member in list(self._members.values()):
                     self._cut(member)
-                self._tasks = None
+                listener.on_closed()
 
     def join(self, worker: cluster_pb2.WorkerInfo) -> None:
         """Connect to a worker; a restarted one takes its predecessor's place, one that came back its own.
@@ -236,6 +240,8 @@ class WorkerPool:
         self._notify_changed()
 
     def _present(self) -> list[_Member]:
+        if self._tasks is None:
+            return []
         return [member for member in self._members.values() if member.link.connected and not member.departed]
 
     def _retire(self, member: _Member) -> None:

@@ -84,6 +84,7 @@ class CoordinatorCollector(Collector):
         for (policy, kind), number in requests.num_decided.items():
             decisions.add_metric([*self._own, policy, kind], number)
         yield decisions
+        yield self._counter("replanned_requests", "Plans made after a worker was lost", requests.num_replanned)
         yield self._gauge("in_flight_requests", "Requests that workers have", requests.num_in_flight)
         yield self._gauge("queued_requests", "Requests that wait for their turn", self._sources.queue_depth())
         yield self._counter("prompt_tokens", "Tokens of prompts", requests.num_prompt_tokens)

@@ -71,6 +71,8 @@ class RequestMetrics:
         """By reason."""
         self.num_decided: Counter[tuple[str, str]] = Counter()
         """By policy and kind."""
+        self.num_replanned = 0
+        """Plans that followed on a lost one."""
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         """Of the prompts' tokens, those whose KV was not computed for the request."""

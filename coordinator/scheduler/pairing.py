@@ -46,7 +46,7 @@ class Pairing:
         self._group = Group(_rotated(group.decoders, random), _rotated(group.prefillers, random))
         self._decodes = list(map(DecodeEstimator(request, config).at, self._group.decoders))
         self._prompts: list[PromptEstimate] = []
-        if config.local_prefill != "always" and group.prefillers:
+        if config.local_prefill != "always" and request.may_split and group.prefillers:
             self._prompts = self._prompts_at(self._group.prefillers, self._holder)
 
     def best(self) -> list[Option]:

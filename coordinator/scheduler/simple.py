@@ -34,7 +34,7 @@ class _OneThing(Scheduler):
             worker
             for group in groups
             for worker in group.prefillers
-            if worker is not decode and worker.fingerprint == decode.fingerprint
+            if request.may_split and worker is not decode and worker.fingerprint == decode.fingerprint
         ]
         prefill = self._prefill(request, prefillers) if prefillers else decode
         prompt = PromptEstimator(request, self._config).at(prefill)

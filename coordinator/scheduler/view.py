@@ -70,3 +70,5 @@ class RequestShape:
     """Most seconds to the first token."""
     itl_s: float | None = None
     """Most seconds between two tokens."""
+    may_split: bool = True
+    """Whether a prefill worker may compute the prompt for another."""

@@ -41,6 +41,11 @@ PREFILL, DECODE = cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE
 class SimulatedWorker:
     info: cluster_pb2.WorkerInfo
     host: WorkerHost
+    server: grpc.aio.Server
+
+    async def lose(self) -> None:
+        """Its coordinators lose it, now and for good."""
+        await self.server.stop(None)
 
 
 @dataclass(slots=True)
@@ -48,6 +53,10 @@ class SimulatedCluster:
     engine: ClusterEngine
     pool: WorkerPool
     workers: list[SimulatedWorker]
+
+    def worker(self, worker_id: str) -> SimulatedWorker:
+        """Raises `StopIteration` when there is none."""
+        return next(worker for worker in self.workers if worker.info.worker_id == worker_id)
 
     async def wait_idle(self) -> None:
         """Until nothing of any request is left on a worker; times out if something stays."""
@@ -96,7 +105,7 @@ async def simulated_worker(
         )
         await server.start()
         try:
-            yield SimulatedWorker(info, host)
+            yield SimulatedWorker(info, host, server)
         finally:
             await server.stop(None)
             await asyncio.to_thread(host.collectives.close)

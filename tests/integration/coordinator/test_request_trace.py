@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.front_end import FrontEnd
-from kvrelay.coordinator.vllm_errors import ClusterRequestError
 from kvrelay.tracing import Tracing, configure_tracing
+from kvrelay.v1 import worker_pb2
 from tests.support.fake_cluster import fake_cluster
 from tests.support.otlp_receiver import OtlpReceiver, otlp_receiver
 from tests.support.simulated_cluster import simulated_cluster
@@ -68,15 +69,15 @@ async def test_failed_request_ends_its_spans_with_an_error(
 ) -> None:
     async with fake_cluster(front_end, tracing=tracing) as cluster:
         generating = asyncio.create_task(generate(cluster.engine))
-        await cluster.prefill.wait_for("prefill")
-        cluster.decode.hang_up()
-        with pytest.raises(ClusterRequestError):
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        cluster.prefill.send_failed(prefill.request_id, worker_pb2.RequestFailed.REASON_INVALID, "top_k is odd")
+        with pytest.raises(VLLMValidationError):
             await generating
     tracing.shutdown()
     spans = receiver.wait_for("gateway", "schedule", "prefill")
     by_name = {span.name: span for span in spans}
-    assert "was lost" in (by_name["gateway"].error or "")
-    assert "was lost" in (by_name["prefill"].error or "")
+    assert "top_k is odd" in (by_name["gateway"].error or "")
+    assert "top_k is odd" in (by_name["prefill"].error or "")
     assert by_name["schedule"].error is None
 
 

@@ -42,6 +42,9 @@ class Listener:
     def on_workers_changed(self) -> None:
         self.changes += 1
 
+    def on_closed(self) -> None:
+        self.changes += 1
+
 
 @pytest.fixture
 async def start_worker() -> AsyncIterator[StartWorker]:
