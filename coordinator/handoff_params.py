@@ -20,7 +20,7 @@ def exact_on_prefill(params: common_pb2.SamplingParams, num_sequences: int) -> b
 
 
 def keeps_sampler_state(params: common_pb2.SamplingParams) -> bool:
-    """Whether a sampler goes by more than the tokens so far: by which of them it has generated, or how often it has drawn.
+    """Whether a sampler goes by more than the tokens so far: which of them it has generated, how often it has drawn.
 
     Not so for a repetition penalty, which counts the prompt as well.
     """
