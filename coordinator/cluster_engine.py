@@ -48,7 +48,7 @@ class ClusterEngineConfig:
     """How long a decode worker waits for announced KV blocks before it computes what is missing."""
     max_plans: int = 3
     """Of one request: it goes on elsewhere when its workers are lost, so often at most with the first."""
-    wait_for_workers_s: float = 30.0
+    wait_for_workers_s: float = 60.0
     """How long a request that has lost its worker waits for another to come."""
     max_requests: int = 4096
     """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""

@@ -63,7 +63,7 @@ class DispatcherConfig:
     """How long the decode worker waits for blocks that were announced, after the first token."""
     max_plans: int = 3
     """Of one request: more workers than that are not lost to it."""
-    wait_for_workers_s: float = 30.0
+    wait_for_workers_s: float = 60.0
     """How long a request that has lost its worker waits for another to come."""
 
 
