@@ -157,7 +157,7 @@ class Dispatcher:
 
     def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
         flow = self._flows.get(failed.request_id)
-        if flow is None:
+        if flow is None or failed.request_id not in flow.job_ids:
             return
         if self._is_pushing_from(flow, worker_id):
             self._push_lost(flow)
@@ -224,7 +224,7 @@ class Dispatcher:
         self._leave(flow)
         prefill, decode = flow.plan.prefill, flow.plan.decode
         workers = [prefill, decode] if prefilling and prefill is not None else [decode]
-        prompt = self._indexed(flow.request.cache_salt, flow.request.prompt_token_ids, workers)
+        prompt = self._indexed(flow.request.cache_salt, flow.longest, workers)
         for worker in workers:
             prompt.retract(worker)
         for job_id in flow.job_ids - _ids(flow):
@@ -245,8 +245,8 @@ class Dispatcher:
             else:
                 self._wait_for_workers(flow, error)
             return
-        except KvrelayError as refusal:
-            self._fail(flow, refusal)
+        except KvrelayError:  # What is left fits nobody.
+            self._fail(flow, error)
             return
         self._stop_waiting(flow)
         flow.restart(decision.plan)

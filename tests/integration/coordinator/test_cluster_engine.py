@@ -294,6 +294,7 @@ async def test_request_goes_on_when_its_decode_worker_comes_back(front_end: Fron
         assert list(decode.prompt_token_ids) == [1, 40]
         assert decode.sampling.max_tokens == 2
         cluster.decode.send(delta(lost.request_id, [66], common_pb2.FINISH_REASON_LENGTH))
+        cluster.decode.send_failed(lost.request_id, worker_pb2.RequestFailed.REASON_INTERNAL, "late")
         cluster.decode.send(delta(decode.request_id, [41]), delta(decode.request_id, [42], _LENGTH))
         assert (await generating).token_ids[0] == [40, 41, 42]
         assert cluster.engine.metrics.num_replanned == 1
