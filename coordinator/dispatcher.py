@@ -62,7 +62,7 @@ class DispatcherConfig:
     kv_wait_ms: int = 10_000
     """How long the decode worker waits for blocks that were announced, after the first token."""
     max_plans: int = 3
-    """Of one request: more workers than that are not lost to it."""
+    """Of one request at most, the first included."""
     wait_for_workers_s: float = 60.0
     """How long a request that has lost its worker waits for another to come."""
 
@@ -88,6 +88,8 @@ class Dispatcher:
         self._config = config
         self._flows: dict[str, RequestFlow] = {}
         """By the ids of the request and its completions, the client's and those at the workers of its plan."""
+        self._prompts: dict[str, IndexedPrompt] = {}
+        """What was promised of requests, by their id."""
         self._waiting: dict[str, _Waiting] = {}
         """Requests that wait for workers to come, by their id."""
 
@@ -121,6 +123,7 @@ class Dispatcher:
     def _launch(self, flow: RequestFlow, prompt: IndexedPrompt, decision: Decision) -> None:
         """Send what begins a plan. On failure nothing of the plan is left at the workers."""
         decode = flow.plan.decode
+        self._prompts[flow.request.request_id] = prompt
         num_sequences, num_tokens = len(flow.open_ids), decision.num_prompt_tokens
         try:
             self._pool.reserve_sequences(decode.worker_id, flow.job_id, num_sequences, num_sequences * num_tokens)
@@ -143,7 +146,7 @@ class Dispatcher:
         touched: list[RequestFlow] = []
         for delta in step.deltas:
             flow = self._flows.get(delta.request_id)
-            if flow is None:
+            if flow is None or not flow.has_job(delta.request_id):
                 continue
             output = self._advance(flow, worker_id, delta)
             if output is not None:
@@ -157,13 +160,14 @@ class Dispatcher:
 
     def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
         flow = self._flows.get(failed.request_id)
-        if flow is None or failed.request_id not in flow.job_ids:
+        if flow is None or not flow.has_job(failed.request_id):
             return
         if self._is_pushing_from(flow, worker_id):
             self._push_lost(flow)
             return
         prefilling = self._is_prefilling_on(flow, worker_id)
-        if not prefilling and (flow.plan.decode.worker_id != worker_id or flow.phase is not Phase.DECODE):
+        decoding = flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id
+        if not prefilling and not (decoding and failed.request_id in flow.open_job_ids):
             return
         kind = _FAILURES.get(failed.reason, GenerationFailedError)
         error = kind(f"worker {worker_id}: {failed.message}")
@@ -176,6 +180,7 @@ class Dispatcher:
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         """What was there goes on elsewhere."""
         for flow in self._distinct_flows():
+            flow.unfit_worker_ids.discard(worker_id)
             if flow.phase is Phase.UNPLANNED:
                 continue
             if flow.plan.decode.worker_id == worker_id:
@@ -203,30 +208,28 @@ class Dispatcher:
     def _replan(self, flow: RequestFlow, error: KvrelayError, *, prefilling: bool) -> None:
         """A worker of its plan is lost, or has failed it: make another plan for the rest of it, or fail it.
 
-        A prompt whose prefill was lost once too often is computed by its decode worker.
+        A prompt that prefill workers refuse once too often is computed by its decode worker, but not one that they die
+        over.
         """
         _log.warning("plan failed", request_id=flow.job_id, prefilling=prefilling, reason=error.message)
         if flow.num_plans < self._config.max_plans and flow.can_go_on:
-            self._give_up(flow, error, prefilling=prefilling)
+            self._give_up(flow, error)
             self._go_on(flow, error)
-        elif prefilling:
+        elif prefilling and not isinstance(error, WorkerLostError):
             self._release_prefill(flow)
             flow.on_prefill_lost()
             self._settle(flow)
         else:
-            self._give_up(flow, error, prefilling=prefilling)
+            self._give_up(flow, error)
             self._fail(flow, error)
 
-    def _give_up(self, flow: RequestFlow, error: KvrelayError, *, prefilling: bool) -> None:
-        """Nobody counts on blocks that the workers were to have and may not; a lost decode worker's prompt is at its
-        prefill worker still.
-        """
+    def _give_up(self, flow: RequestFlow, error: KvrelayError) -> None:
+        """Leave the plan. Nobody counts on its workers to have the prompt, but for a prefill worker that has sampled."""
         self._leave(flow)
-        prefill, decode = flow.plan.prefill, flow.plan.decode
-        workers = [prefill, decode] if prefilling and prefill is not None else [decode]
-        prompt = self._indexed(flow.request.cache_salt, flow.longest, workers)
-        for worker in workers:
-            prompt.retract(worker)
+        if prompt := self._prompts.pop(flow.request.request_id, None):
+            prompt.retract(flow.plan.decode)
+            if flow.plan.prefill is not None and flow.phase is Phase.PREFILL:
+                prompt.retract(flow.plan.prefill)
         for job_id in flow.job_ids - _ids(flow):
             del self._flows[job_id]
         flow.give_up(error.message)
@@ -240,7 +243,7 @@ class Dispatcher:
                 prompt = self._indexed(flow.request.cache_salt, flow.longest, views)
                 decision = self._scheduler.plan(self._shape_of_rest(flow, prompt), views)
         except NoWorkersError:
-            if flow.unfit_worker_ids:
+            if any(view.decodes and view.worker_id in flow.unfit_worker_ids for view in self._pool.views()):
                 self._fail(flow, error)
             else:
                 self._wait_for_workers(flow, error)
@@ -389,6 +392,7 @@ class Dispatcher:
         for request_id in (*_ids(flow), *flow.job_ids):
             self._flows.pop(request_id, None)
         self._stop_waiting(flow)
+        self._prompts.pop(flow.request.request_id, None)
         self._release_prefill(flow)
         self._pool.release_sequences(flow.plan.decode.worker_id, flow.job_id)
         flow.trace.close()

@@ -112,6 +112,10 @@ class RequestFlow:
         """What it and its completions are called at the workers of the plan."""
         return {self.job_id, *self._jobs}
 
+    def has_job(self, job_id: str) -> bool:
+        """Whether it or one of its completions is called so at the workers of the plan."""
+        return job_id in self._jobs or job_id == self.job_id
+
     @property
     def open_job_ids(self) -> Sequence[str]:
         """The same of the completions that are open."""
@@ -159,10 +163,13 @@ class RequestFlow:
             return None
         self.timeline.mark("prefill.sent")
         context = self.trace.begin("prefill", {"worker.id": self.plan.prefill.worker_id})
+        sampling = prefill_params(self._first.sampling, exact=self._exact)
+        if self._first.request_id in self._seen:  # The client has the prompt's log probabilities.
+            sampling.ClearField("prompt_logprobs")
         return worker_pb2.Prefill(
             request_id=self.job_id,
             prompt_token_ids=self._tokens(self._first),
-            sampling=prefill_params(self._first.sampling, exact=self._exact),
+            sampling=sampling,
             cache_salt=self.request.cache_salt,
             priority=self.request.priority,
             decode_address=self.plan.decode.address,

@@ -59,17 +59,17 @@ class WorkerLink:
         self._outbox_filled = asyncio.Event()
 
     def send(self, message: worker_pb2.CoordinatorMessage) -> None:
-        """Queue a message; cancels are always taken, they are as few as the requests before them.
+        """Queue a message; what ends a request or its waiting is always taken, it is as little as the requests before.
 
         Raises `WorkerLostError` when there is no stream and `OverloadedError` when the queue is full.
-        A cancel without a stream is needless and dropped.
+        Without a stream an end is needless and dropped.
         """
-        is_cancel = message.WhichOneof("message") == "cancel"
+        is_end = message.WhichOneof("message") in ("cancel", "kv_lost")
         if not self.connected:
-            if is_cancel:
+            if is_end:
                 return
             raise WorkerLostError(f"worker {self.worker.worker_id} at {self.worker.address} is not connected")
-        if not is_cancel and len(self._outbox) >= self._max_queued_messages:
+        if not is_end and len(self._outbox) >= self._max_queued_messages:
             raise OverloadedError(
                 f"{len(self._outbox)} messages wait to be sent to worker {self.worker.worker_id}; try again later"
             )
