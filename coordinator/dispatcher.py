@@ -224,7 +224,7 @@ class Dispatcher:
             self._fail(flow, error)
 
     def _give_up(self, flow: RequestFlow, error: KvrelayError) -> None:
-        """Leave the plan. Nobody counts on its workers to have the prompt, but for a prefill worker that has sampled."""
+        """Leave the plan. Nobody counts on its workers to have the prompt, but for a prefill worker that sampled."""
         self._leave(flow)
         if prompt := self._prompts.pop(flow.request.request_id, None):
             prompt.retract(flow.plan.decode)
