@@ -251,6 +251,7 @@ class Dispatcher:
         except KvrelayError:  # What is left fits nobody.
             self._fail(flow, error)
             return
+        schedule_s = time.perf_counter() - began_s
         self._stop_waiting(flow)
         flow.restart(decision.plan)
         self._flows.update(dict.fromkeys(flow.job_ids, flow))
@@ -259,7 +260,7 @@ class Dispatcher:
         except KvrelayError as refusal:
             self._replan(flow, refusal, prefilling=False)
             return
-        self._sink.replanned(flow, decision, time.perf_counter() - began_s)
+        self._sink.replanned(flow, decision, schedule_s)
 
     def _wait_for_workers(self, flow: RequestFlow, error: KvrelayError) -> None:
         request_id = flow.request.request_id

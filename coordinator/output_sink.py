@@ -61,7 +61,8 @@ class EngineOutputSink:
         """`kvrelay explain` tells of the last plan."""
         self._metrics.decided(decision.policy, "local" if flow.plan.prefill is None else "split", schedule_s)
         self._metrics.num_replanned += 1
-        self.decisions.add(flow.request.external_id, decision, 0.0)
+        queued_s = flow.timeline.between_s("admission.queued", "schedule.done")
+        self.decisions.add(flow.request.external_id, decision, queued_s)
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
