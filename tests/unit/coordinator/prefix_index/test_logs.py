@@ -25,6 +25,10 @@ def _packed(keys: Iterable[int]) -> bytes:
     return b"".join(key.to_bytes(8, "little") for key in keys)
 
 
+def _split(packed: bytes) -> set[bytes]:
+    return {packed[start : start + 8] for start in range(0, len(packed), 8)}
+
+
 def held(index: PrefixIndex, worker_id: str = "w") -> set[int]:
     return {key for key in KEYS if index.match([key]).get(worker_id)}
 
@@ -93,8 +97,9 @@ class LogMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.etcd)
     @rule()
     def list_again(self) -> None:
-        """Until all is read nothing is missing that was there before and still is."""
-        before = held(self.index) & self.blocks
+        """Until all is read nothing is missing that was there before and has been all the time."""
+        removed = {key for each in self.etcd.values() for key in KEYS if _packed([key]) in _split(each.delta.removed)}
+        before = (held(self.index) & self.blocks) - removed
         for _ in self.logs.restore("w", str(self.name), [self.etcd[key] for key in sorted(self.etcd)]):
             assert before <= held(self.index)
         self.is_watching = True
