@@ -12,6 +12,7 @@ from kvrelay.client.connection import OPTIONS, client_error, trace_metadata
 from kvrelay.client.encoding import generate_request, to_chunk, tokenize_request
 from kvrelay.client.options import GenerateOptions, Messages, Prompt
 from kvrelay.client.results import Chunk, Collector, Generation, Model
+from kvrelay.errors import KvrelayError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 Request = TypeVar("Request")
@@ -91,11 +92,18 @@ class AsyncClient:
         return AsyncStream(call, self.address, timeout_s)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """Wait for a whole generation. Cancelling the task cancels the generation everywhere."""
+        """Wait for a whole generation. Cancelling the task cancels the generation everywhere.
+
+        What had come before an error is in its `generated`.
+        """
         collector = Collector()
-        async with self.stream(prompt, **options) as chunks:
-            async for chunk in chunks:
-                collector.add(chunk)
+        try:
+            async with self.stream(prompt, **options) as chunks:
+                async for chunk in chunks:
+                    collector.add(chunk)
+        except KvrelayError as error:
+            error.generated = collector.token_ids
+            raise
         return collector.result()
 
     async def models(self) -> list[Model]:

@@ -141,6 +141,11 @@ class Collector:
         if parts.last is None or chunk.finish_reason:
             parts.last = chunk
 
+    @property
+    def token_ids(self) -> dict[int, list[int]]:
+        """What has come so far, by the index of the completion."""
+        return {index: parts.token_ids for index, parts in self._by_index.items()}
+
     def result(self) -> Generation:
         """The whole; call it after the last chunk."""
         completions = tuple(_completion(parts) for _, parts in sorted(self._by_index.items()))

@@ -16,7 +16,6 @@ from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from kvrelay.coordinator.admission.capacity import WorkerCapacity
@@ -26,6 +25,7 @@ from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.metrics.requests import RequestMetrics
+from kvrelay.coordinator.output_queue import OutputQueue
 from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prompt_limits import MAX_N
@@ -160,7 +160,7 @@ class ClusterEngine(EngineControls):
         `VLLMValidationError` for what can never work and `ClusterRequestError` for the rest.
         """
         timeline, trace = self._begin(request_id, trace_headers)
-        queue: RequestOutputCollector | None = None
+        queue: OutputQueue | None = None
         finished = False
         try:
             if lora_request is not None:
@@ -173,9 +173,8 @@ class ClusterEngine(EngineControls):
             )
             queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
             while not finished:
-                output = queue.get_nowait() or await queue.get()
+                output = await queue.next()
                 finished = output.finished
-                assert isinstance(output, RequestOutput)
                 yield output
         except KvrelayError as error:
             self.metrics.refused(error)
@@ -288,12 +287,12 @@ class ClusterEngine(EngineControls):
 
     def _submit(
         self, request: EngineCoreRequest, prompt_text: str | None, timeline: RequestTimeline, trace: RequestTrace
-    ) -> RequestOutputCollector:
+    ) -> OutputQueue:
         """Register the completions with the output processor and start them; on failure nothing is left."""
         self.input_processor.assign_request_id(request)
         assert request.sampling_params is not None
         request_id = request.request_id
-        queue = RequestOutputCollector(request.sampling_params.output_kind, request_id)
+        queue = OutputQueue(request.sampling_params.output_kind, request_id)
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         children = _children(request, parent) if parent else [request]
         for index, child in enumerate(children):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from kvrelay.coordinator.planner import Planned, Planner
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.prompt import IndexedPrompt
 from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.decision import Decision
-from kvrelay.coordinator.scheduler.view import RequestShape, WorkerView
 from kvrelay.coordinator.timeline import RequestTimeline
+from kvrelay.coordinator.waiting_flows import WaitingFlows
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import (
     GenerationFailedError,
@@ -27,7 +26,7 @@ from kvrelay.errors import (
     OverloadedError,
     WorkerLostError,
 )
-from kvrelay.v1 import worker_pb2
+from kvrelay.v1 import common_pb2, worker_pb2
 
 _log = structlog.get_logger(__name__)
 
@@ -67,14 +66,6 @@ class DispatcherConfig:
     """How long a request that has lost its worker waits for another to come."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    flow: RequestFlow
-    error: KvrelayError
-    """What it fails with when nobody comes."""
-    timer: asyncio.TimerHandle
-
-
 class Dispatcher:
     """Owns the requests in flight. Nothing here waits, so nothing here is cancelled half way."""
 
@@ -82,16 +73,14 @@ class Dispatcher:
         self, pool: WorkerPool, sink: OutputSink, scheduler: Scheduler, index: PrefixIndex, config: DispatcherConfig
     ) -> None:
         self._pool = pool
-        self._scheduler = scheduler
-        self._index = index
+        self._planner = Planner(pool, scheduler, index, config.model)
         self._sink = sink
         self._config = config
         self._flows: dict[str, RequestFlow] = {}
         """By the ids of the request and its completions, the client's and those at the workers of its plan."""
         self._prompts: dict[str, IndexedPrompt] = {}
         """What was promised of requests, by their id."""
-        self._waiting: dict[str, _Waiting] = {}
-        """Requests that wait for workers to come, by their id."""
+        self._waiting = WaitingFlows(self._go_on, self._fail, config.wait_for_workers_s)
 
     @property
     def num_requests(self) -> int:
@@ -103,26 +92,21 @@ class Dispatcher:
         Raises `NoWorkersError`, `OverloadedError`, `WorkerLostError` or `InvalidRequestError`; then
         nothing of it is left.
         """
-        began_s = time.perf_counter()
-        with trace.span("schedule"):
-            views = self._pool.views()
-            prompt = self._indexed(request.cache_salt, request.prompt_token_ids, views)
-            decision = self._scheduler.plan(self._shape(request, prompt), views)
-        schedule_s = time.perf_counter() - began_s
+        planned = self._planner.plan(request, trace)
         timeline.mark("schedule.done")
-        flow = RequestFlow(request, decision.plan, timeline, trace, self._config.kv_wait_ms)
+        flow = RequestFlow(request, planned.decision.plan, timeline, trace, self._config.kv_wait_ms)
         for request_id in _ids(flow):
             self._flows[request_id] = flow
         try:
-            self._launch(flow, prompt, decision)
+            self._launch(flow, planned)
         except KvrelayError:
             self._forget(flow)
             raise
-        self._sink.started(flow, decision, schedule_s)
+        self._sink.started(flow, planned.decision, planned.schedule_s)
 
-    def _launch(self, flow: RequestFlow, prompt: IndexedPrompt, decision: Decision) -> None:
+    def _launch(self, flow: RequestFlow, planned: Planned) -> None:
         """Send what begins a plan. On failure nothing of the plan is left at the workers."""
-        decode = flow.plan.decode
+        decode, decision, prompt = flow.plan.decode, planned.decision, planned.prompt
         self._prompts[flow.request.request_id] = prompt
         num_sequences, num_tokens = len(flow.open_ids), decision.num_prompt_tokens
         try:
@@ -144,10 +128,14 @@ class Dispatcher:
         """Hand all tokens of one message on at once, and then send what they made due."""
         outputs: list[worker_pb2.TokenDelta] = []
         touched: list[RequestFlow] = []
+        aborted: list[RequestFlow] = []
         for delta in step.deltas:
             flow = self._flows.get(delta.request_id)
             if flow is None or not flow.has_job(delta.request_id):
                 continue
+            if delta.finish_reason == common_pb2.FINISH_REASON_ABORT and self._is_decoding_on(flow, worker_id):
+                delta.ClearField("finish_reason")
+                aborted.append(flow)
             output = self._advance(flow, worker_id, delta)
             if output is not None:
                 outputs.append(output)
@@ -157,6 +145,15 @@ class Dispatcher:
             self.cancel(self._sink.take(outputs))
         for flow in touched:
             self._settle(flow)
+        for flow in aborted:
+            self._aborted(flow, worker_id)
+
+    def _aborted(self, flow: RequestFlow, worker_id: str) -> None:
+        """Nobody has cancelled it: the worker's engine has been told to stop."""
+        if self._is_decoding_on(flow, worker_id) and not flow.done:
+            flow.unfit_worker_ids.add(worker_id)
+            error = WorkerLostError(f"decode worker {worker_id} has ended the request before it was done; try again")
+            self._replan(flow, error, prefilling=False)
 
     def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
         flow = self._flows.get(failed.request_id)
@@ -166,7 +163,7 @@ class Dispatcher:
             self._push_lost(flow)
             return
         prefilling = self._is_prefilling_on(flow, worker_id)
-        decoding = flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id
+        decoding = self._is_decoding_on(flow, worker_id)
         if not prefilling and not (decoding and failed.request_id in flow.open_job_ids):
             return
         kind = _FAILURES.get(failed.reason, GenerationFailedError)
@@ -194,13 +191,11 @@ class Dispatcher:
 
     def on_workers_changed(self) -> None:
         """Somebody may have come for whom requests wait."""
-        for waiting in list(self._waiting.values()):
-            self._go_on(waiting.flow, waiting.error)
+        self._waiting.retry()
 
     def on_closed(self) -> None:
         """Nobody will come for whom requests wait."""
-        for waiting in list(self._waiting.values()):
-            self._fail(waiting.flow, waiting.error)
+        self._waiting.give_up()
 
     def _distinct_flows(self) -> list[RequestFlow]:
         return list({id(flow): flow for flow in self._flows.values()}.values())
@@ -212,7 +207,8 @@ class Dispatcher:
         over.
         """
         _log.warning("plan failed", request_id=flow.job_id, prefilling=prefilling, reason=error.message)
-        if flow.num_plans < self._config.max_plans and flow.can_go_on:
+        flow.num_failed_plans += 1
+        if flow.num_failed_plans < self._config.max_plans and flow.can_go_on:
             self._give_up(flow, error)
             self._go_on(flow, error)
         elif prefilling and not isinstance(error, WorkerLostError):
@@ -235,69 +231,28 @@ class Dispatcher:
         flow.give_up(error.message)
 
     def _go_on(self, flow: RequestFlow, error: KvrelayError) -> None:
-        """Plan the rest of a request, or let it wait until somebody is there for it, and then fail with `error`."""
-        began_s = time.perf_counter()
-        try:
-            with flow.trace.span("schedule"):
-                views = [view for view in self._pool.views() if view.worker_id not in flow.unfit_worker_ids]
-                prompt = self._indexed(flow.request.cache_salt, flow.longest, views)
-                decision = self._scheduler.plan(self._shape_of_rest(flow, prompt), views)
-        except NoWorkersError:
-            if any(view.decodes and view.worker_id in flow.unfit_worker_ids for view in self._pool.views()):
-                self._fail(flow, error)
+        """Plan the rest of a request, or let it wait until somebody has room for it, and then fail with `error`."""
+        if not self._planner.has_decoder(without=flow.unfit_worker_ids):
+            if self._planner.has_decoder() and not isinstance(error, WorkerLostError):
+                self._fail(flow, error)  # They all live, and none of them can serve it.
             else:
-                self._wait_for_workers(flow, error)
+                self._waiting.add(flow, error)
             return
-        except KvrelayError:  # What is left fits nobody.
-            self._fail(flow, error)
+        try:
+            planned = self._planner.plan_rest(flow)
+        except KvrelayError:  # Those who had room for it are gone, but may come back.
+            self._waiting.add(flow, error)
             return
-        schedule_s = time.perf_counter() - began_s
-        self._stop_waiting(flow)
-        flow.restart(decision.plan)
+        flow.restart(planned.decision.plan)
         self._flows.update(dict.fromkeys(flow.job_ids, flow))
         try:
-            self._launch(flow, prompt, decision)
+            self._launch(flow, planned)
         except KvrelayError as refusal:
-            self._replan(flow, refusal, prefilling=False)
+            self._give_up(flow, refusal)
+            self._waiting.add(flow, error)
             return
-        self._sink.replanned(flow, decision, schedule_s)
-
-    def _wait_for_workers(self, flow: RequestFlow, error: KvrelayError) -> None:
-        request_id = flow.request.request_id
-        if request_id not in self._waiting:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(self._config.wait_for_workers_s, self._fail, flow, error)
-            self._waiting[request_id] = _Waiting(flow, error, timer)
-
-    def _stop_waiting(self, flow: RequestFlow) -> None:
-        if waiting := self._waiting.pop(flow.request.request_id, None):
-            waiting.timer.cancel()
-
-    def _indexed(self, cache_salt: str, token_ids: Sequence[int], views: Sequence[WorkerView]) -> IndexedPrompt:
-        serving = [view for view in views if view.model == self._config.model]
-        return IndexedPrompt(self._index, cache_salt, token_ids, serving, time.monotonic())
-
-    def _shape_of_rest(self, flow: RequestFlow, prompt: IndexedPrompt) -> RequestShape:
-        """Its client has been promised an answer: no target refuses it."""
-        return RequestShape(
-            model=self._config.model,
-            num_prompt_tokens=len(flow.longest),
-            num_sequences=len(flow.open_ids),
-            max_tokens=flow.request.completions[0].sampling.max_tokens,
-            num_stored_blocks=prompt.num_stored_blocks(),
-            may_split=flow.may_split,
-        )
-
-    def _shape(self, request: FlowRequest, prompt: IndexedPrompt) -> RequestShape:
-        return RequestShape(
-            model=self._config.model,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_sequences=len(request.completions),
-            max_tokens=request.completions[0].sampling.max_tokens,
-            num_stored_blocks=prompt.num_stored_blocks(),
-            ttft_s=request.terms.ttft_s,
-            itl_s=request.terms.itl_s,
-        )
+        self._waiting.discard(flow)
+        self._sink.replanned(flow, planned.decision, planned.schedule_s)
 
     def _start(self, flow: RequestFlow, prompt: IndexedPrompt, num_uncached_tokens: int) -> None:
         prefill = flow.start()
@@ -366,6 +321,7 @@ class Dispatcher:
 
     def _fail(self, flow: RequestFlow, error: KvrelayError) -> None:
         completion_ids = sorted(flow.open_ids)
+        error.generated = flow.generated
         flow.trace.close(error.message)
         self._sink.fail(completion_ids, error)
         for completion_id in completion_ids:
@@ -392,7 +348,7 @@ class Dispatcher:
             return
         for request_id in (*_ids(flow), *flow.job_ids):
             self._flows.pop(request_id, None)
-        self._stop_waiting(flow)
+        self._waiting.discard(flow)
         self._prompts.pop(flow.request.request_id, None)
         self._release_prefill(flow)
         self._pool.release_sequences(flow.plan.decode.worker_id, flow.job_id)
@@ -403,6 +359,10 @@ class Dispatcher:
     def _is_prefilling_on(flow: RequestFlow, worker_id: str) -> bool:
         prefill = flow.plan.prefill
         return flow.phase is Phase.PREFILL and prefill is not None and prefill.worker_id == worker_id
+
+    @staticmethod
+    def _is_decoding_on(flow: RequestFlow, worker_id: str) -> bool:
+        return flow.phase is Phase.DECODE and flow.plan.decode.worker_id == worker_id
 
     @staticmethod
     def _is_pushing_from(flow: RequestFlow, worker_id: str) -> bool:

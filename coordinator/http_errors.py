@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -42,6 +42,7 @@ class HttpError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
         retry_after_s: float | None = None,
+        generated: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = int(status)
@@ -51,6 +52,8 @@ class HttpError(Exception):
         self.headers = headers or {}
         self.retry_after_s = retry_after_s
         """When a later attempt may succeed, where that can be told."""
+        self.generated = generated or {}
+        """Token ids that the request had got, by the index of the choice."""
 
     @property
     def is_retried(self) -> bool:
@@ -58,14 +61,15 @@ class HttpError(Exception):
         return self.status in _RETRIED
 
     def body(self) -> dict[str, Any]:
-        return {
-            "error": {
-                "message": self.message,
-                "type": _TYPES.get(self.status, "InvalidRequestError" if self.status < 500 else "InternalServerError"),
-                "param": self.param,
-                "code": self.status,
-            }
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "InvalidRequestError" if self.status < 500 else "InternalServerError"),
+            "param": self.param,
+            "code": self.status,
         }
+        if self.generated:
+            error["generated"] = [{"index": index, "token_ids": ids} for index, ids in self.generated.items()]
+        return {"error": error}
 
 
 def error_of(exception: Exception, request_id: str) -> HttpError:
@@ -128,7 +132,11 @@ def _internal(request_id: str) -> HttpError:
 
 def _of_kvrelay(error: KvrelayError) -> HttpError:
     return HttpError(
-        status=status_of(error).http, message=error.message, param=error.field, retry_after_s=error.retry_after_s
+        status=status_of(error).http,
+        message=error.message,
+        param=error.field,
+        retry_after_s=error.retry_after_s,
+        generated=error.generated,
     )
 
 

@@ -98,7 +98,7 @@ class EngineOutputSink:
         return stopped
 
     def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
-        """The caller's next read raises the error; tokens it has not read yet are lost."""
+        """The caller reads what it has not read yet, and then the error."""
         self._metrics.failed(completion_ids)
         for completion_id in completion_ids:
             if receiver := self.receivers.pop(completion_id, None):
@@ -107,9 +107,11 @@ class EngineOutputSink:
             state = self._output_processor.request_states.get(completion_id)
             if state is None:
                 continue
+            # Without a queue the processor does not tell of an abort, which would come before the error.
+            queue, state.queue = state.queue, None
             self._output_processor.abort_requests([completion_id], internal=True)
-            if state.queue is not None:
-                state.queue.put(to_vllm_error(error))
+            if queue is not None:
+                queue.put(to_vllm_error(error))
 
     def refuse(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
         """Like `fail`, for a request that no worker got."""

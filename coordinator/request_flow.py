@@ -77,6 +77,8 @@ class RequestFlow:
         self.trace = trace
         self.open_ids = {completion.request_id for completion in request.completions}
         self.num_plans = 0
+        self.num_failed_plans = 0
+        """Those that a worker had a part of and failed; a plan that nobody got does not count."""
         self.unfit_worker_ids: set[str] = set()
         """They live and could not serve it."""
         self._full_kv_wait_ms = kv_wait_ms
@@ -131,6 +133,13 @@ class RequestFlow:
     def longest(self) -> Sequence[int]:
         """The prompt, and what was generated of the longest open completion."""
         return [*self.request.prompt_token_ids, *max((self._generated[each] for each in self.open_ids), key=len)]
+
+    @property
+    def generated(self) -> dict[int, Sequence[int]]:
+        """What the client has of the open completions, by their index; those that have not begun left out."""
+        open_ids = (each.request_id if each.request_id in self.open_ids else "" for each in self.request.completions)
+        generated = {index: self._generated.get(each) for index, each in enumerate(open_ids)}
+        return {index: token_ids for index, token_ids in generated.items() if token_ids}
 
     @property
     def may_split(self) -> bool:

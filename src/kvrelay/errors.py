@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -21,6 +22,8 @@ class KvrelayError(Exception):
         """The request's field that is wrong, where one is."""
         self.retry_after_s = retry_after_s
         """When another attempt may succeed, where that can be told."""
+        self.generated: Mapping[int, Sequence[int]] = {}
+        """Token ids that a request had got before it failed, by the index of the completion."""
 
 
 class InvalidRequestError(KvrelayError):

@@ -14,7 +14,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.vllm_errors import ClusterRequestError
-from kvrelay.errors import NoWorkersError, OverloadedError, WorkerLostError
+from kvrelay.errors import NoWorkersError, OverloadedError
 from kvrelay.v1 import common_pb2, worker_pb2
 from tests.support.fake_cluster import fake_cluster, until
 from tests.support.fake_worker import delta
@@ -279,92 +279,6 @@ async def test_decode_does_not_wait_for_blocks_that_prefill_could_not_send(front
         assert decode.kv_wait_ms == 0
         cluster.decode.send(delta(decode.request_id, [41], common_pb2.FINISH_REASON_LENGTH))
         assert (await generating).token_ids[0] == [40, 41]
-        cluster.assert_idle()
-
-
-async def test_request_goes_on_when_its_decode_worker_comes_back(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0, max_tokens=3))
-        (lost,) = await cluster.decode.wait_for("decode")
-        cluster.decode.send(delta(lost.request_id, [40]))
-        await until(lambda: cluster.engine.metrics.num_generated_tokens)
-        cluster.decode.hang_up()
-        _, decode = await cluster.decode.wait_for("decode", 2)
-        assert decode.request_id != lost.request_id
-        assert list(decode.prompt_token_ids) == [1, 40]
-        assert decode.sampling.max_tokens == 2
-        cluster.decode.send(delta(lost.request_id, [66], common_pb2.FINISH_REASON_LENGTH))
-        cluster.decode.send_failed(lost.request_id, worker_pb2.RequestFailed.REASON_INTERNAL, "late")
-        cluster.decode.send(delta(decode.request_id, [41]), delta(decode.request_id, [42], _LENGTH))
-        assert (await generating).token_ids[0] == [40, 41, 42]
-        assert cluster.engine.metrics.num_replanned == 1
-        cluster.assert_idle()
-
-
-async def test_request_fails_when_too_many_workers_are_lost_to_it(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        for count in range(1, 4):
-            await cluster.decode.wait_for("decode", count)
-            cluster.decode.hang_up()
-        with pytest.raises(ClusterRequestError, match="d1 was lost") as raised:
-            await generating
-        assert isinstance(raised.value.error, WorkerLostError)
-        assert raised.value.http_status == 503
-        cluster.assert_idle()
-        await until(lambda: cluster.engine.is_ready)
-
-
-async def test_request_fails_when_no_worker_comes_for_it(front_end: FrontEnd) -> None:
-    config = ClusterEngineConfig(wait_for_workers_s=0.05)
-    async with fake_cluster(front_end, config=config) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        await cluster.decode.wait_for("decode")
-        await cluster.decode.stop()
-        with pytest.raises(ClusterRequestError, match="d1 was lost"):
-            await generating
-        cluster.assert_idle()
-
-
-async def test_request_that_waits_for_workers_can_be_cancelled(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        await cluster.decode.wait_for("decode")
-        await cluster.decode.stop()
-        await until(lambda: not cluster.engine.is_ready)
-        generating.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await generating
-        cluster.assert_idle()
-
-
-async def test_request_that_waits_for_workers_ends_with_the_pool(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        await cluster.decode.wait_for("decode")
-    with pytest.raises(ClusterRequestError, match="d1 was lost"):
-        await generating
-
-
-async def test_decode_worker_that_cannot_serve_a_request_does_not_get_it_again(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        (decode,) = await cluster.decode.wait_for("decode")
-        cluster.decode.send_failed(decode.request_id, worker_pb2.RequestFailed.REASON_INTERNAL, "no way")
-        with pytest.raises(ClusterRequestError, match="no way") as raised:
-            await generating
-        assert raised.value.http_status == 500
-        assert len(cluster.decode.messages("decode")) == 1
-        cluster.assert_idle()
-
-
-async def test_worker_that_refuses_a_request_makes_it_a_bad_one(front_end: FrontEnd) -> None:
-    async with fake_cluster(front_end) as cluster:
-        generating = asyncio.create_task(cluster.generate([1], temperature=0.0))
-        (decode,) = await cluster.decode.wait_for("decode")
-        cluster.decode.send_failed(decode.request_id, worker_pb2.RequestFailed.REASON_INVALID, "top_k is odd")
-        with pytest.raises(VLLMValidationError, match="top_k is odd"):
-            await generating
         cluster.assert_idle()
 
 
