@@ -9,10 +9,12 @@ from typing import Protocol
 
 import structlog
 
+from kvrelay.coordinator.breaker import Breaker, BreakerConfig
 from kvrelay.coordinator.metrics.sources import WorkerReport
+from kvrelay.coordinator.pool_member import PoolMember
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
-from kvrelay.coordinator.worker_load import WorkerLoad
+from kvrelay.coordinator.worker_pace import WorkerPace
 from kvrelay.coordinator.worker_view import take_speeds, view_of
 from kvrelay.errors import WorkerLostError
 from kvrelay.v1 import cluster_pb2, worker_pb2
@@ -36,39 +38,19 @@ class PoolListener(Protocol):
         """No worker is there any more, and none will come."""
 
 
-class _Member:
-    """A worker's record, its link, and the view of it that the scheduler reads."""
-
-    def __init__(self, link: WorkerLink, task: asyncio.Task[None], view: WorkerView) -> None:
-        self.link = link
-        self.task = task
-        self.view = view
-        self.prefills: set[str] = set()
-        self.load = WorkerLoad()
-        self.departed = False
-        """Its record is gone; it finishes what it has."""
-        self.status = worker_pb2.WorkerStatus()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it is to get nothing new and has nothing more to do."""
-        return (self.departed or self.view.draining) and not (self.prefills or self.load.has_sequences)
-
-    def is_same_process(self, worker: cluster_pb2.WorkerInfo) -> bool:
-        known = self.link.worker
-        return (known.incarnation, known.address) == (worker.incarnation, worker.address)
-
-
 class WorkerPool:
     """Follows membership by `join`, `update` and `leave`; open it with `running()`.
 
     All methods belong to the event loop and none of them waits.
     """
 
-    def __init__(self, coordinator_id: str, *, max_queued_messages: int = 4096) -> None:
+    def __init__(
+        self, coordinator_id: str, *, max_queued_messages: int = 4096, breaker: BreakerConfig | None = None
+    ) -> None:
         self._coordinator_id = coordinator_id
+        self._breaker_config = breaker
         self._max_queued_messages = max_queued_messages
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, PoolMember] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._listener: PoolListener | None = None
 
@@ -101,7 +83,7 @@ class WorkerPool:
             return
         link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
-        self._members[worker.worker_id] = _Member(link, task, view_of(worker))
+        self._members[worker.worker_id] = PoolMember(link, task, view_of(worker), Breaker(self._breaker_config))
         _log.info("worker joined", worker_id=worker.worker_id, address=worker.address)
 
     def update(self, worker: cluster_pb2.WorkerInfo) -> None:
@@ -136,10 +118,14 @@ class WorkerPool:
 
     def views(self) -> Sequence[WorkerView]:
         """The connected workers that take requests. The views are live: read them at once."""
-        return [member.view for member in self._present()]
+        members = self._present()
+        for member in members:
+            member.view.avoided = not member.breaker.allows() or member.pace.is_overdue()
+        return [member.view for member in members]
 
     def reports(self) -> list[WorkerReport]:
         """The same, with the gauges that each worker sent last."""
+        self.views()
         return [WorkerReport(view=member.view, status=member.status) for member in self._present()]
 
     def workers(self) -> list[cluster_pb2.WorkerInfo]:
@@ -154,6 +140,7 @@ class WorkerPool:
         """
         member = self._member(worker_id)
         member.link.send(worker_pb2.CoordinatorMessage(prefill=message))
+        member.breaker.sent()
         member.prefills.add(message.request_id)
         member.view.num_assigned += 1
         self.queue_prompt(worker_id, message.request_id, num_tokens)
@@ -163,16 +150,18 @@ class WorkerPool:
         member = self._member(worker_id)
         member.load.add_prompt(request_id, num_tokens)
         member.load.fill(member.view)
+        member.pace.sent_prompt(request_id, member.view)
 
-    def end_prefill(self, worker_id: str, request_id: str) -> None:
-        """The first token is there; the worker may still push."""
+    def end_prefill(self, worker_id: str, request_id: str, *, done: bool = True) -> None:
+        """The first token is there, or nobody waits for it; the worker may still push."""
         member = self._members.get(worker_id)
         if member and member.load.remove_prompt(request_id):
             member.load.fill(member.view)
+            member.pace.ended_prompt(request_id, done=done)
 
     def release_prefill(self, worker_id: str, request_id: str) -> None:
         """The worker has nothing more to do for the prompt."""
-        self.end_prefill(worker_id, request_id)
+        self.end_prefill(worker_id, request_id, done=False)
         if member := self._members.get(worker_id):
             member.prefills.discard(request_id)
             self._retire(member)
@@ -180,13 +169,14 @@ class WorkerPool:
     def reserve_sequences(self, worker_id: str, request_id: str, num_sequences: int, num_tokens: int = 0) -> None:
         """Count sequences with so much context in all that the worker has or will get, until `release_sequences`."""
         member = self._member(worker_id)
+        member.breaker.sent()
         member.load.add_sequences(request_id, num_sequences, num_tokens)
         member.view.num_assigned += 1
         member.load.fill(member.view)
 
     def release_sequences(self, worker_id: str, request_id: str) -> None:
         """They are over, and so is a prompt that the worker was to compute itself."""
-        self.end_prefill(worker_id, request_id)
+        self.end_prefill(worker_id, request_id, done=False)
         member = self._members.get(worker_id)
         if member and member.load.remove_sequences(request_id):
             member.load.fill(member.view)
@@ -202,6 +192,7 @@ class WorkerPool:
     def send_cancel(self, worker_id: str, request_id: str) -> None:
         """Never fails: a worker that is gone has cancelled already."""
         if member := self._members.get(worker_id):
+            member.pace.ended_sequence(request_id)
             cancel = worker_pb2.Cancel(request_id=request_id)
             member.link.send(worker_pb2.CoordinatorMessage(cancel=cancel))
 
@@ -216,10 +207,15 @@ class WorkerPool:
         self._notify_changed()
 
     def on_step(self, link: WorkerLink, step: worker_pb2.StepOutputs) -> None:
+        if member := self._members.get(link.worker.worker_id):
+            member.note_step(step)
         if self._listener:
             self._listener.on_step(link.worker.worker_id, step)
 
     def on_request_failed(self, link: WorkerLink, failed: worker_pb2.RequestFailed) -> None:
+        member = self._members.get(link.worker.worker_id)
+        if member and failed.reason != worker_pb2.RequestFailed.REASON_INVALID:
+            member.breaker.failed()
         if self._listener:
             self._listener.on_request_failed(link.worker.worker_id, failed)
 
@@ -236,21 +232,24 @@ class WorkerPool:
             return
         member.status = worker_pb2.WorkerStatus()
         member.load.report(member.status)
+        member.pace = WorkerPace(member.breaker)
+        if member.is_busy:
+            member.breaker.failed()
         self._lost(link.worker.worker_id, reason)
         self._notify_changed()
 
-    def _present(self) -> list[_Member]:
+    def _present(self) -> list[PoolMember]:
         if self._tasks is None:
             return []
         return [member for member in self._members.values() if member.link.connected and not member.departed]
 
-    def _retire(self, member: _Member) -> None:
+    def _retire(self, member: PoolMember) -> None:
         """Disconnect from a worker that leaves and has nothing to do: it waits for that."""
         if member.is_done:
             self._members.pop(member.link.worker.worker_id, None)
             member.task.cancel()
 
-    def _cut(self, member: _Member) -> None:
+    def _cut(self, member: PoolMember) -> None:
         """Disconnect at once; what the worker had is lost."""
         worker_id = member.link.worker.worker_id
         self._members.pop(worker_id, None)
@@ -267,7 +266,7 @@ class WorkerPool:
         if self._listener:
             self._listener.on_workers_changed()
 
-    def _member(self, worker_id: str) -> _Member:
+    def _member(self, worker_id: str) -> PoolMember:
         try:
             return self._members[worker_id]
         except KeyError:

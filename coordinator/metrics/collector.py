@@ -22,6 +22,7 @@ _PER_WORKER: list[_PerWorker] = [
     ("queued_prompts", "Prompts that wait for it or are computed", lambda r: r.view.num_queued_prompts),
     ("queued_prompt_tokens", "Tokens of these that it has to compute", lambda r: r.view.num_queued_prompt_tokens),
     ("context_tokens", "Tokens of its sequences, prompts and generated", lambda r: r.view.num_context_tokens),
+    ("avoided", "Whether it gets nothing for a while, as it failed requests or is slow", lambda r: r.view.avoided),
     ("engine_running_requests", "Sequences in its engine's batch", lambda r: r.status.num_running_requests),
     ("engine_waiting_requests", "Sequences that wait for its engine", lambda r: r.status.num_waiting_requests),
     ("engine_kv_usage_ratio", "Share of its engine's KV blocks in use", lambda r: r.status.engine_kv_usage),

@@ -31,6 +31,8 @@ class WorkerView:
     """Sequences that the engine computes at a time; 0 when unknown."""
     weight: float = 1.0
     draining: bool = False
+    avoided: bool = False
+    """It fails requests or is far slower than it should be: only what would go nowhere else goes there."""
     num_queued_prompt_tokens: int = 0
     """Prompt tokens given to it, whoever computes the prompt, and not yet computed; those that it finds stored left out
     as far as that is known."""

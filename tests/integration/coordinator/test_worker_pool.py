@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from kvrelay.coordinator.breaker import BreakerConfig
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import OverloadedError, WorkerLostError
-from kvrelay.v1 import cluster_pb2, worker_pb2
+from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
 from tests.support.fake_cluster import until
 from tests.support.fake_worker import FakeWorker, delta
 
@@ -294,3 +295,67 @@ def test_link_without_a_stream_drops_cancels_and_refuses_the_rest() -> None:
     link.send(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id="r")))
     with pytest.raises(WorkerLostError, match="d1"):
         link.send(worker_pb2.CoordinatorMessage(decode=decode("r")))
+
+
+QUICK = BreakerConfig(slow_window_s=0.05, max_slow_windows=2, pause_s=0.1)
+
+
+async def test_worker_that_fails_requests_is_avoided_and_then_probed(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1")
+    pool, listener = WorkerPool("c", breaker=QUICK), Listener()
+    async with pool.running(listener):
+        pool.join(worker.info)
+        await connected(pool, "d1")
+        reasons = worker_pb2.RequestFailed
+        for _ in range(9):
+            worker.send_failed("bad", reasons.REASON_INVALID, "4xx")
+        await until(lambda: len(listener.failed) == 9)
+        assert not is_avoided(pool)
+        for _ in range(3):
+            worker.send_failed("r", reasons.REASON_INTERNAL, "5xx")
+        await until(lambda: is_avoided(pool))
+        await until(lambda: not is_avoided(pool))
+        pool.reserve_sequences("d1", "probe", 1)
+        assert is_avoided(pool)
+        worker.send(delta("probe", [1], common_pb2.FINISH_REASON_LENGTH))
+        await until(lambda: not is_avoided(pool))
+        pool.release_sequences("d1", "probe")
+
+
+async def test_worker_far_slower_than_its_fit_is_avoided(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1")
+    pool, listener = WorkerPool("c", breaker=QUICK), Listener()
+    async with pool.running(listener):
+        pool.join(worker.info)
+        await connected(pool, "d1")
+        times = cluster_pb2.StepTimes(step_fixed_s=0.001, num_steps=100, num_prefills=100)
+        worker.send_status(step_times=times)
+        await until(lambda: pool.views()[0].times.num_steps)
+        pool.reserve_sequences("d1", "r", 1)
+        for count in range(1, 5):
+            worker.send(delta("r", [1]))
+            await until(lambda count=count: len(listener.steps) == count)
+            await asyncio.sleep(0.06)
+        assert is_avoided(pool)
+        pool.release_sequences("d1", "r")
+
+
+async def test_worker_that_is_lost_with_requests_again_and_again_is_avoided(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1")
+    pool, listener = WorkerPool("c"), Listener()
+    async with pool.running(listener):
+        pool.join(worker.info)
+        for count in range(1, 4):
+            await connected(pool, "d1")
+            assert not is_avoided(pool)
+            pool.reserve_sequences("d1", "r", 1)
+            worker.hang_up()
+            await until(lambda count=count: len(listener.lost) == count)
+            pool.release_sequences("d1", "r")
+        await connected(pool, "d1")
+        assert is_avoided(pool)
+
+
+def is_avoided(pool: WorkerPool) -> bool:
+    (view,) = pool.views()
+    return view.avoided

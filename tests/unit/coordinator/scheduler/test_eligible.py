@@ -54,3 +54,17 @@ def test_too_long_a_prompt_is_told_what_decode_workers_have_room_for() -> None:
 def test_nobody_to_decode_is_told_apart_from_too_long_a_prompt() -> None:
     with pytest.raises(NoWorkersError, match="no decode worker serves model 'm'"):
         eligible_groups(shape(), [view("p1", PREFILL, max_model_len_tokens=10)])
+
+
+def test_who_is_avoided_is_left_out_unless_nobody_else_decodes() -> None:
+    p1, p2 = view("p1", PREFILL), view("p2", PREFILL, avoided=True)
+    d1, d2 = view("d1", DECODE, avoided=True), view("d2", DECODE)
+    (group,) = eligible_groups(shape(), [p1, p2, d1, d2])
+    assert (group.prefillers, group.decoders) == ([p1], [d2])
+    (group,) = eligible_groups(shape(), [p1, p2, d1])
+    assert (group.prefillers, group.decoders) == ([p1, p2], [d1])
+
+
+def test_prompts_are_computed_by_decode_workers_while_all_prefill_workers_are_avoided() -> None:
+    (group,) = eligible_groups(shape(), [view("p1", PREFILL, avoided=True), view("d1", DECODE)])
+    assert not group.prefillers
