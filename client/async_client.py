@@ -12,6 +12,7 @@ from kvrelay.client.connection import OPTIONS, client_error, trace_metadata
 from kvrelay.client.encoding import generate_request, to_chunk, tokenize_request
 from kvrelay.client.options import GenerateOptions, Messages, Prompt
 from kvrelay.client.results import Chunk, Collector, Generation, Model
+from kvrelay.client.resumption import RECONNECT_FOR_S, Resumption
 from kvrelay.errors import KvrelayError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
@@ -22,29 +23,47 @@ Response = TypeVar("Response")
 class AsyncStream(AsyncIterator[Chunk]):
     """The chunks of one generation, as they come.
 
+    When its coordinator is lost it goes on with another one at the address, where it was.
+
     `aclose`, leaving an `async with` block, or dropping the stream cancels the generation everywhere. Raises the
     errors of `kvrelay.errors`; after an error or the end there is nothing to close.
     """
 
     def __init__(
         self,
-        call: grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+        stub: inference_pb2_grpc.InferenceAsyncStub,
+        resumption: Resumption,
         address: str,
         timeout_s: float | None,
     ) -> None:
-        self._call = call
-        self._responses = aiter(call)
+        self._stub = stub
+        self._resumption = resumption
         self._address = address
         self._timeout_s = timeout_s
         self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        resumption = self._resumption
+        self._call = self._stub.Generate(resumption.request, timeout=resumption.timeout_s, metadata=trace_metadata())
+        self._responses = aiter(self._call)
 
     async def __anext__(self) -> Chunk:
-        if self._closed:
-            raise StopAsyncIteration
         try:
-            return to_chunk(await anext(self._responses))
-        except grpc.aio.AioRpcError as error:
-            raise client_error(error, self._address, self._timeout_s) from None
+            while not self._closed:
+                try:
+                    response = await anext(self._responses)
+                except grpc.aio.AioRpcError as error:
+                    failure = client_error(error, self._address, self._timeout_s)
+                    pause_s = self._resumption.pause_s(failure)
+                    if pause_s is None:
+                        raise failure from None
+                    await asyncio.sleep(pause_s)
+                    self._start()
+                    continue
+                self._resumption.took(response)
+                return to_chunk(response)
+            raise StopAsyncIteration
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
@@ -70,14 +89,21 @@ class AsyncClient:
     """A connection to one coordinator, for many calls at once. Make it inside the running event loop.
 
     `address` is host:port of the coordinator's gRPC port. `credentials` (`grpc.ssl_channel_credentials(...)`) turn TLS
-    on. `timeout_s` bounds every call that does not bring its own.
+    on. `timeout_s` bounds every call that does not bring its own. A generation whose coordinator is lost goes on with
+    another one at the address, which is tried for `reconnect_for_s`; 0: it fails.
     """
 
     def __init__(
-        self, address: str, *, credentials: grpc.ChannelCredentials | None = None, timeout_s: float | None = None
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float | None = None,
+        reconnect_for_s: float = RECONNECT_FOR_S,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
+        self._reconnect_for_s = reconnect_for_s
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         else:
@@ -88,8 +114,8 @@ class AsyncClient:
         """Start a generation and return its chunks. Raises `InvalidRequestError` for options of the wrong type."""
         request = generate_request(prompt, options)
         timeout_s = options.get("timeout_s", self._timeout_s)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        return AsyncStream(call, self.address, timeout_s)
+        resumption = Resumption(request, reconnect_for_s=self._reconnect_for_s, timeout_s=timeout_s)
+        return AsyncStream(self._stub, resumption, self.address, timeout_s)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Wait for a whole generation. Cancelling the task cancels the generation everywhere.

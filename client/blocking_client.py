@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeVar, Unpack
 
@@ -11,6 +12,7 @@ from kvrelay.client.connection import OPTIONS, client_error, trace_metadata
 from kvrelay.client.encoding import generate_request, to_chunk, tokenize_request
 from kvrelay.client.options import GenerateOptions, Messages, Prompt
 from kvrelay.client.results import Chunk, Collector, Generation, Model
+from kvrelay.client.resumption import RECONNECT_FOR_S, Resumption
 from kvrelay.errors import KvrelayError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
@@ -21,29 +23,49 @@ Response = TypeVar("Response")
 class Stream(Iterator[Chunk]):
     """The chunks of one generation, as they come.
 
+    When its coordinator is lost it goes on with another one at the address, where it was.
+
     `close`, leaving a `with` block, or dropping the stream cancels the generation everywhere; `close` may be called
     from another thread. Raises the errors of `kvrelay.errors`; after an error or the end there is nothing to close.
     """
 
-    def __init__(self, call: Any, address: str, timeout_s: float | None) -> None:
-        self._call = call
+    def __init__(
+        self, stub: inference_pb2_grpc.InferenceStub, resumption: Resumption, address: str, timeout_s: float | None
+    ) -> None:
+        self._stub = stub
+        self._resumption = resumption
         self._address = address
         self._timeout_s = timeout_s
-        self._closed = False
+        self._closed = threading.Event()
+        self._start()
+
+    def _start(self) -> None:
+        resumption = self._resumption
+        self._call: Any = self._stub.Generate(
+            resumption.request, timeout=resumption.timeout_s, metadata=trace_metadata()
+        )
 
     def __next__(self) -> Chunk:
-        if self._closed:
-            raise StopIteration
-        try:
-            return to_chunk(next(self._call))
-        except grpc.RpcError as error:
-            if self._closed:
-                raise StopIteration from None
-            raise client_error(error, self._address, self._timeout_s) from None
+        while not self._closed.is_set():
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                if self._closed.is_set():
+                    break
+                failure = client_error(error, self._address, self._timeout_s)
+                pause_s = self._resumption.pause_s(failure)
+                if pause_s is None:
+                    raise failure from None
+                if not self._closed.wait(pause_s):
+                    self._start()
+                continue
+            self._resumption.took(response)
+            return to_chunk(response)
+        raise StopIteration
 
     def close(self) -> None:
         """Cancel what is still running. Idempotent."""
-        self._closed = True
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -60,14 +82,21 @@ class Client:
     """A connection to one coordinator, for many calls at once and from any thread.
 
     `address` is host:port of the coordinator's gRPC port. `credentials` (`grpc.ssl_channel_credentials(...)`) turn TLS
-    on. `timeout_s` bounds every call that does not bring its own.
+    on. `timeout_s` bounds every call that does not bring its own. A generation whose coordinator is lost goes on with
+    another one at the address, which is tried for `reconnect_for_s`; 0: it fails.
     """
 
     def __init__(
-        self, address: str, *, credentials: grpc.ChannelCredentials | None = None, timeout_s: float | None = None
+        self,
+        address: str,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float | None = None,
+        reconnect_for_s: float = RECONNECT_FOR_S,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
+        self._reconnect_for_s = reconnect_for_s
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         else:
@@ -78,8 +107,8 @@ class Client:
         """Start a generation and return its chunks. Raises `InvalidRequestError` for options of the wrong type."""
         request = generate_request(prompt, options)
         timeout_s = options.get("timeout_s", self._timeout_s)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        return Stream(call, self.address, timeout_s)
+        resumption = Resumption(request, reconnect_for_s=self._reconnect_for_s, timeout_s=timeout_s)
+        return Stream(self._stub, resumption, self.address, timeout_s)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Wait for a whole generation. What had come before an error is in its `generated`."""

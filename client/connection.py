@@ -22,11 +22,17 @@ _NOT_CONNECTED = (
     "Connection reset",
     "DNS resolution failed",
     "Endpoint closing",
+    "GOAWAY received",
+    "Cancelling all calls",
 )
+_NEVER_CONNECTED = ("failed to connect", "DNS resolution failed", "connections to all backends failing")
 
 
 class UnreachableError(NoWorkersError):
     """No coordinator answers at the address, or the connection to it broke."""
+
+    had_connected = False
+    """Whether there was one, so that another may take over."""
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
@@ -40,7 +46,9 @@ def client_error(error: grpc.RpcError, address: str, timeout_s: float | None) ->
     code: grpc.StatusCode = error.code()
     details: str = error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NOT_CONNECTED):
-        return UnreachableError(f"no coordinator answers at {address}: {details}")
+        unreachable = UnreachableError(f"no coordinator answers at {address}: {details}")
+        unreachable.had_connected = not details.startswith(_NEVER_CONNECTED)
+        return unreachable
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
         return DeadlineError(f"not finished within {timeout_s} s")
     return error_from_grpc(code, details, _retry_after_s(error))

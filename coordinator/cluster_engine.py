@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,9 +153,11 @@ class ClusterEngine(EngineControls):
         kv_hints: Any = None,
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
+        generated_token_ids: Sequence[int] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as `AsyncLLM.generate` does.
 
+        With `generated_token_ids`, of the only completion, it goes on after these; they come out again first.
         Closing or cancelling the generator ends the request on the workers. Raises
         `VLLMValidationError` for what can never work and `ClusterRequestError` for the rest.
         """
@@ -171,7 +173,8 @@ class ClusterEngine(EngineControls):
             request = await self.intake.process(
                 prompt, sampling_params, request_id, tokenization_kwargs=tokenization_kwargs, priority=priority
             )
-            queue = self._submit(request, prompt_text or self._text_of(prompt), timeline, trace)
+            text = prompt_text or self._text_of(prompt)
+            queue = self._submit(request, text, timeline, trace, generated_token_ids)
             while not finished:
                 output = await queue.next()
                 finished = output.finished
@@ -286,7 +289,12 @@ class ClusterEngine(EngineControls):
             )
 
     def _submit(
-        self, request: EngineCoreRequest, prompt_text: str | None, timeline: RequestTimeline, trace: RequestTrace
+        self,
+        request: EngineCoreRequest,
+        prompt_text: str | None,
+        timeline: RequestTimeline,
+        trace: RequestTrace,
+        generated_token_ids: Sequence[int],
     ) -> OutputQueue:
         """Register the completions with the output processor and start them; on failure nothing is left."""
         self.input_processor.assign_request_id(request)
@@ -298,7 +306,7 @@ class ClusterEngine(EngineControls):
         for index, child in enumerate(children):
             self._outputs.add_request(child, prompt_text, parent, index, queue)
         try:
-            flow_request = self.intake.flow_request(request, children, current_terms.get())
+            flow_request = self.intake.flow_request(request, children, current_terms.get(), generated_token_ids)
             self._admitting.submit(flow_request, timeline, trace)
         except BaseException:
             self._outputs.abort_requests([request_id], internal=True)

@@ -42,6 +42,9 @@ class OutputSink(Protocol):
     def started(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
         """A request is on its way, after the scheduler has thought for so long."""
 
+    def resume(self, flow: RequestFlow) -> Sequence[str]:
+        """Like `take`, of the tokens that the request had before it came here."""
+
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Take the tokens of one message; returns the ids of completions that need no more of them."""
 
@@ -103,6 +106,8 @@ class Dispatcher:
             self._forget(flow)
             raise
         self._sink.started(flow, planned.decision, planned.schedule_s)
+        if request.generated_token_ids:
+            self.cancel(self._sink.resume(flow))
 
     def _launch(self, flow: RequestFlow, planned: Planned) -> None:
         """Send what begins a plan. On failure nothing of the plan is left at the workers."""

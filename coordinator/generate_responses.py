@@ -20,9 +20,20 @@ _FINISH_REASONS = {
 
 
 class ResponseBuilder:
-    """Turns the outputs of one call, which hold only what is new, into its responses."""
+    """Turns the outputs of one call, which hold only what is new, into its responses.
 
-    def __init__(self, request_id: str, num_logprobs: int | None, num_prompt_logprobs: int | None) -> None:
+    What `resume` says is what the client has: it comes out first and is left out.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None,
+        resume: inference_pb2.Resume | None = None,
+    ) -> None:
+        self._num_had_tokens = len(resume.token_ids) if resume else 0
+        self._num_had_chars = resume.num_text_chars if resume else 0
         self._request_id = request_id
         self._num_logprobs = num_logprobs
         self._num_prompt_logprobs = num_prompt_logprobs
@@ -33,28 +44,35 @@ class ResponseBuilder:
         for position, completion in enumerate(output.outputs):
             self._num_completion_tokens += len(completion.token_ids)
             response = self._response(completion)
-            if output.prompt_logprobs and self._num_prompt_logprobs is not None:
-                tokens = list(output.prompt_token_ids or ())[1:]
+            tokens = list(output.prompt_token_ids or ())[1:]
+            # Without rows for them they are what the client has, or have come before.
+            if len(output.prompt_logprobs or ()) > 1 and self._num_prompt_logprobs is not None:
                 response.prompt_logprobs.extend(
                     _token_logprobs(tokens, output.prompt_logprobs[1:], self._num_prompt_logprobs)
                 )
             if output.finished and position == len(output.outputs) - 1:
                 response.usage.prompt_tokens = len(output.prompt_token_ids or ())
                 response.usage.completion_tokens = self._num_completion_tokens
-            yield response
+            if response.token_ids or response.text or response.finish_reason or response.prompt_logprobs:
+                yield response
 
     def _response(self, completion: CompletionOutput) -> inference_pb2.GenerateResponse:
+        num_had_tokens = min(self._num_had_tokens, len(completion.token_ids))
+        num_had_chars = min(self._num_had_chars, len(completion.text))
+        self._num_had_tokens -= num_had_tokens
+        self._num_had_chars -= num_had_chars
+        token_ids = completion.token_ids[num_had_tokens:]
         response = inference_pb2.GenerateResponse(
             request_id=self._request_id,
             index=completion.index,
-            text=completion.text,
-            token_ids=completion.token_ids,
+            text=completion.text[num_had_chars:],
+            token_ids=token_ids,
             finish_reason=_FINISH_REASONS[completion.finish_reason],
         )
         if completion.stop_reason is not None:
             response.stop_reason = str(completion.stop_reason)
         if completion.logprobs is not None and self._num_logprobs is not None:
-            response.logprobs.extend(_token_logprobs(completion.token_ids, completion.logprobs, self._num_logprobs))
+            response.logprobs.extend(_token_logprobs(token_ids, completion.logprobs, self._num_logprobs))
         return response
 
 

@@ -63,7 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             current_terms.set(terms_of_request(request))
             prompt = await self._render(request)
             params = client_sampling(request.sampling, self._default_sampling)
-            builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs)
+            builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs, request.resume)
             outputs = self._engine.generate(
                 prompt,
                 params,
@@ -71,6 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 prompt_text=request.text or None,
                 priority=request.priority,
                 trace_headers=_trace_headers(context),
+                generated_token_ids=request.resume.token_ids,
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:

@@ -64,6 +64,12 @@ class EngineOutputSink:
         queued_s = flow.timeline.between_s("admission.queued", "schedule.done")
         self.decisions.add(flow.request.external_id, decision, queued_s)
 
+    def resume(self, flow: RequestFlow) -> Sequence[str]:
+        """Of what the client has the detokenizer must know."""
+        (completion,) = flow.request.completions
+        had = flow.request.generated_token_ids
+        return self._process([worker_pb2.TokenDelta(request_id=completion.request_id, token_ids=had)])
+
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.
 

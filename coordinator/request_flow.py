@@ -45,6 +45,8 @@ class FlowRequest:
     priority: int = 0
     terms: RequestTerms = STANDARD_TERMS
     """Its `ttft_s` counts from when the request is dispatched."""
+    generated_token_ids: Sequence[int] = ()
+    """What the client has of the only completion already, from a coordinator that was lost."""
 
 
 _BROKEN = (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR)
@@ -82,9 +84,10 @@ class RequestFlow:
         self.unfit_worker_ids: set[str] = set()
         """They live and could not serve it."""
         self._full_kv_wait_ms = kv_wait_ms
-        self._generated: dict[str, list[int]] = {completion.request_id: [] for completion in request.completions}
+        had = request.generated_token_ids
+        self._generated: dict[str, list[int]] = {each.request_id: list(had) for each in request.completions}
         """What the client has, by completion."""
-        self._seen: set[str] = set()
+        self._seen = set(self._generated) if had else set()
         self._prompt_logprobs: common_pb2.Logprobs | None = None
         self._begin(plan)
 

@@ -56,9 +56,13 @@ class RequestIntake:
         return self._checked(self._input_processor.process_inputs(request_id, prompt, params, TASKS, priority=priority))
 
     def flow_request(
-        self, request: EngineCoreRequest, children: Sequence[EngineCoreRequest], terms: RequestTerms
+        self,
+        request: EngineCoreRequest,
+        children: Sequence[EngineCoreRequest],
+        terms: RequestTerms,
+        generated_token_ids: Sequence[int] = (),
     ) -> FlowRequest:
-        """What the dispatcher gets of a request that has its id."""
+        """What the dispatcher gets of a request that has its id. Raises `InvalidRequestError`."""
         assert request.external_req_id is not None
         assert request.prompt_token_ids is not None
         return FlowRequest(
@@ -72,7 +76,30 @@ class RequestIntake:
             cache_salt=request.cache_salt or "",
             priority=request.priority,
             terms=terms,
+            generated_token_ids=self._resumable(request, len(children), generated_token_ids),
         )
+
+    def _resumable(
+        self, request: EngineCoreRequest, num_completions: int, generated_token_ids: Sequence[int]
+    ) -> Sequence[int]:
+        num_generated = len(generated_token_ids)
+        if not num_generated:
+            return ()
+        assert request.prompt_token_ids is not None
+        assert request.sampling_params is not None
+        limit = request.sampling_params.max_tokens or 0
+        if num_completions != 1:
+            raise InvalidRequestError(f"resume is for one completion, and n is {num_completions}", field="resume")
+        if num_generated >= limit:
+            raise InvalidRequestError(
+                f"resume has {num_generated} tokens; with max_tokens {limit} nothing would be left", field="resume"
+            )
+        check_prompt(
+            [*request.prompt_token_ids, *generated_token_ids],
+            max_model_len_tokens=self._model_config.max_model_len,
+            vocab_size=self._vocab_size,
+        )
+        return list(generated_token_ids)
 
     def _checked(self, request: EngineCoreRequest) -> EngineCoreRequest:
         token_ids = request.prompt_token_ids

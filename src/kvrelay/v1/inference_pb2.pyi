@@ -35,6 +35,7 @@ class GenerateRequest(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     REQUEST_CLASS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """May be left empty when the cluster serves one model."""
     text: _builtins.str
@@ -60,6 +61,10 @@ class GenerateRequest(_message.Message):
     def targets(self) -> Global___Targets:
         """What the request should keep to; its class says it where this does not."""
 
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """Goes on with a call whose coordinator was lost. For one completion."""
+
     def __init__(
         self,
         *,
@@ -75,16 +80,43 @@ class GenerateRequest(_message.Message):
         targets: Global___Targets | None = ...,
         request_class: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "targets", b"targets", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "targets", b"targets", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_timeline", b"include_timeline", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "targets", b"targets", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_timeline", b"include_timeline", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "targets", b"targets", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """What a call had brought. The answer goes on after it, and its usage counts it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUM_TEXT_CHARS_FIELD_NUMBER: _builtins.int
+    num_text_chars: _builtins.int
+    """Unicode code points of the text."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_text_chars: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_text_chars", b"num_text_chars", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class Targets(_message.Message):
