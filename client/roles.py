@@ -79,13 +79,25 @@ async def set_role(
 
 def checked(change: RoleChange, workers: Collection[cluster_pb2.WorkerInfo]) -> cluster_pb2.WorkerInfo:
     """The record of the worker that is meant. Raises `RoleRefusedError` for a change that makes no sense."""
-    by_id = {worker.worker_id: worker for worker in workers}
-    worker = by_id.get(change.worker_id)
-    if worker is None:
-        known = ", ".join(sorted(by_id)) or "none at all"
-        raise RoleRefusedError(f"there is no worker {change.worker_id!r}; there are: {known}")
+    worker = find(change.worker_id, workers)
     if worker.state == cluster_pb2.WORKER_STATE_DRAINING:
         raise RoleRefusedError(f"worker {change.worker_id} drains: it leaves the cluster, so it takes no other role")
+    if change.role == PREFILL and not change.force:
+        check_not_last(worker, workers)
+    return worker
+
+
+def find(worker_id: str, workers: Collection[cluster_pb2.WorkerInfo]) -> cluster_pb2.WorkerInfo:
+    """The record of a worker. Raises `RoleRefusedError` when there is none."""
+    by_id = {worker.worker_id: worker for worker in workers}
+    if worker_id not in by_id:
+        known = ", ".join(sorted(by_id)) or "none at all"
+        raise RoleRefusedError(f"there is no worker {worker_id!r}; there are: {known}")
+    return by_id[worker_id]
+
+
+def check_not_last(worker: cluster_pb2.WorkerInfo, workers: Collection[cluster_pb2.WorkerInfo]) -> None:
+    """Raises `RoleRefusedError` when nobody would decode for its model without this worker."""
     others = [
         other
         for other in workers
@@ -94,12 +106,11 @@ def checked(change: RoleChange, workers: Collection[cluster_pb2.WorkerInfo]) -> 
         and other.role in (DECODE, BOTH)
         and other.state == cluster_pb2.WORKER_STATE_READY
     ]
-    if change.role == PREFILL and worker.role != PREFILL and not others and not change.force:
+    if worker.role != PREFILL and not others:
         raise RoleRefusedError(
-            f"{change.worker_id} is the last worker that decodes for model {worker.model!r}: without it nothing could"
+            f"{worker.worker_id} is the last worker that decodes for model {worker.model!r}: without it nothing could"
             " be served; add another one first, or use --force"
         )
-    return worker
 
 
 async def _wait_done(

@@ -268,6 +268,9 @@ class ClusterEngine(EngineControls):
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         self._dispatcher.on_worker_lost(worker_id, reason)
 
+    def on_worker_leaving(self, worker_id: str) -> None:
+        self._dispatcher.on_worker_leaving(worker_id)
+
     def on_workers_changed(self) -> None:
         """Accept only what every worker of the model can hold."""
         limits = [view.max_model_len_tokens for view in self._serving() if view.max_model_len_tokens]

@@ -194,6 +194,17 @@ class Dispatcher:
             elif self._is_pushing_from(flow, worker_id):
                 self._push_lost(flow)
 
+    def on_worker_leaving(self, worker_id: str) -> None:
+        """What it has goes on elsewhere, as far as there is somebody for it; a hand-over is no failed plan."""
+        if not self._planner.has_decoder(without=[worker_id]):
+            return
+        error = WorkerLostError(f"worker {worker_id} leaves the cluster; try again")
+        for flow in self._distinct_flows():
+            decodes = flow.phase is not Phase.UNPLANNED and flow.plan.decode.worker_id == worker_id
+            if decodes or self._is_prefilling_on(flow, worker_id):
+                self._give_up(flow, error)
+                self._go_on(flow, error)
+
     def on_workers_changed(self) -> None:
         """Somebody may have come for whom requests wait."""
         self._waiting.retry()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from kvrelay.coordinator.breaker import Breaker
 from kvrelay.coordinator.scheduler.view import WorkerView
@@ -29,6 +30,18 @@ class PoolMember:
         self.status = worker_pb2.WorkerStatus()
         self.breaker = breaker
         self.pace = WorkerPace(breaker)
+
+        self._hand_over: asyncio.TimerHandle | None = None
+
+    def hand_over_after(self, delay_s: float, hand_over: Callable[[], None]) -> None:
+        """Call it then, unless the member is closed before."""
+        self._hand_over = asyncio.get_running_loop().call_later(delay_s, hand_over)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self.task.cancel()
+        if self._hand_over is not None:
+            self._hand_over.cancel()
 
     @property
     def is_busy(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -21,6 +22,9 @@ from kvrelay.v1 import cluster_pb2, worker_pb2
 
 _log = structlog.get_logger(__name__)
 
+HAND_OVER_AT = 0.75
+"""Of the time that a worker drains: what it has then would be lost with it, perhaps."""
+
 
 class PoolListener(Protocol):
     """Who hears what workers say. Called in the event loop; must not block."""
@@ -30,6 +34,9 @@ class PoolListener(Protocol):
     def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None: ...
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None: ...
+
+    def on_worker_leaving(self, worker_id: str) -> None:
+        """It drains, and its requests will not be done in time."""
 
     def on_workers_changed(self) -> None:
         """A worker connected, left, or changed its record."""
@@ -101,6 +108,8 @@ class WorkerPool:
         fresh.num_assigned = member.view.num_assigned
         take_speeds(fresh, member.status)
         member.load.fill(fresh)
+        if fresh.draining and not member.view.draining:
+            member.hand_over_after(worker.drain_s * HAND_OVER_AT, partial(self._hand_over, member))
         member.view = fresh
         self._retire(member)
         self._notify_changed()
@@ -243,17 +252,22 @@ class WorkerPool:
             return []
         return [member for member in self._members.values() if member.link.connected and not member.departed]
 
+    def _hand_over(self, member: PoolMember) -> None:
+        """What it still has then goes on elsewhere while it can still be asked for KV blocks."""
+        if self._listener and member.is_busy:
+            self._listener.on_worker_leaving(member.link.worker.worker_id)
+
     def _retire(self, member: PoolMember) -> None:
         """Disconnect from a worker that leaves and has nothing to do: it waits for that."""
         if member.is_done:
             self._members.pop(member.link.worker.worker_id, None)
-            member.task.cancel()
+            member.close()
 
     def _cut(self, member: PoolMember) -> None:
         """Disconnect at once; what the worker had is lost."""
         worker_id = member.link.worker.worker_id
         self._members.pop(worker_id, None)
-        member.task.cancel()
+        member.close()
         if member.link.connected:
             self._lost(worker_id, "the worker has left the cluster")
 

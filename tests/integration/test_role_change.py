@@ -21,6 +21,7 @@ from kvrelay.membership import list_workers, register, worker_key
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.leaving import Leaving
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.store_config import StoreConfig
 
@@ -59,7 +60,7 @@ async def one_worker() -> AsyncIterator[Cluster]:
         connect(EtcdConfig(endpoints=[etcd.endpoint])) as client,
         register(client, KEY) as registration,
         open_host(SimulatedEngine(SimulatedConfig()), StoreConfig(size_bytes=1 << 20), Tracing()) as host,
-        open_server(config, host, registration.update) as served,
+        open_server(config, host, registration.update, Leaving(asyncio.Event(), 0.0)) as served,
     ):
         await registration.update(served.record.info)
         yield Cluster(etcd.endpoint, client, served, host)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import typer
 
 from kvrelay import __version__
-from kvrelay.cli import clients, cluster_commands, compare_command, explain_command, replay_command, simulate_command
+from kvrelay.cli import (
+    clients,
+    cluster_commands,
+    compare_command,
+    drain_command,
+    explain_command,
+    replay_command,
+    simulate_command,
+)
 from kvrelay.cli.engine_command import EngineCommand
 from kvrelay.cli.failure import EXIT_CODES
 from kvrelay.cli.role_commands import role_app
@@ -44,6 +52,7 @@ app.command(rich_help_panel=USE)(clients.generate)
 app.command(rich_help_panel=USE)(clients.workers)
 app.command(rich_help_panel=USE)(explain_command.explain)
 app.add_typer(role_app, rich_help_panel=USE)
+app.command(rich_help_panel=USE)(drain_command.drain)
 app.command(rich_help_panel=USE)(replay_command.replay)
 app.command(rich_help_panel=USE)(compare_command.compare)
 app.command(rich_help_panel=PLAN)(simulate_command.simulate)

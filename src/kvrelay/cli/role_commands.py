@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvrelay.cli.failure import FAILED, UNREACHABLE, WRONG_USAGE, fail
 from kvrelay.cli.parsing import Addresses
 from kvrelay.cli.running import RunningClusterOption, RunningEtcdOption, etcd_and_cluster
+from kvrelay.cli.worker_changes import left_over, worker_errors
 
 if TYPE_CHECKING:
     from kvrelay.client.roles import RoleChange
@@ -71,33 +69,10 @@ def set_role(
 
 def _change(etcd: Addresses, cluster: str, change: RoleChange) -> str:
     """Name of the old role. Leaves with a message when it cannot be, or takes too long."""
-    from kvrelay.client.roles import RoleRefusedError, StillBusyError, WorkerSilentError, set_role
+    from kvrelay.client.roles import set_role
     from kvrelay.client.workers import role_name
-    from kvrelay.etcd import EtcdError, EtcdUnavailableError
 
-    try:
-        addresses = [str(address) for address in etcd]
-        return role_name(asyncio.run(set_role(addresses, cluster, change, _progress(change.worker_id))))
-    except RoleRefusedError as error:
-        fail(str(error), WRONG_USAGE)
-    except StillBusyError as error:
-        fail(str(error), FAILED)
-    except WorkerSilentError as error:
-        fail(str(error), UNREACHABLE)
-    except EtcdUnavailableError as error:
-        fail(f"no etcd answers at {etcd}: {error}", UNREACHABLE)
-    except EtcdError as error:
-        fail(f"etcd at {etcd} refuses: {error}", FAILED)
-
-
-def _progress(worker_id: str) -> Callable[[int], None]:
-    """Says how many requests are left, whenever that changes."""
-    told = 0
-
-    def show(num_left: int) -> None:
-        nonlocal told
-        if num_left != told:
-            told = num_left
-            print(f"{worker_id} still has {num_left} requests of the old role", file=sys.stderr, flush=True)
-
-    return show
+    addresses = [str(address) for address in etcd]
+    progress = left_over(change.worker_id, "requests of the old role")
+    with worker_errors(etcd):
+        return role_name(asyncio.run(set_role(addresses, cluster, change, progress)))

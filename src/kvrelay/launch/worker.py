@@ -33,6 +33,7 @@ from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.leaving import Leaving
 from kvrelay.worker.prefix_publisher import PrefixPublisher
 from kvrelay.worker.record import Publish, WorkerRecord
 from kvrelay.worker.running_host import open_host
@@ -120,15 +121,15 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
             membership.register(client, membership.worker_key(config.cluster, config.worker_id)) as registration,
             open_host(make_engine(config.engine), config.store, tracing) as host,
         ):
-            stop = signals.ready()
+            leaving = Leaving(signals.ready(), config.drain_s)
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
             publisher = PrefixPublisher(client, config.cluster, config.worker_id, host.held_blocks)
             registration.accompany(publisher.run)
-            async with open_server(config, host, registration.update) as served:
+            async with open_server(config, host, registration.update, leaving) as served:
                 registration.put(served.record.info)
                 _log.info("serving", address=served.record.info.address, worker_id=config.worker_id)
-                await stop.wait()
-                await _drain(config.drain_s, host, served)
+                await leaving.wait()
+                await _drain(leaving.drain_s, host, served)
                 _log.info("leaving", requests=host.num_jobs)
     finally:
         tracing.shutdown()
@@ -149,7 +150,7 @@ async def _drain(drain_s: float, host: WorkerHost, served: Served) -> None:
     deadline = time.monotonic() + drain_s
     try:
         async with asyncio.timeout(min(_LEAVE_TIMEOUT_S, drain_s)):
-            await served.record.drain()
+            await served.record.drain(drain_s)
     except TimeoutError:
         _log.warning("etcd does not answer: coordinators do not know that this worker leaves")
     await served.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -160,7 +161,9 @@ async def _drain(drain_s: float, host: WorkerHost, served: Served) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_server(config: WorkerConfig, host: WorkerHost, publish: Publish) -> AsyncIterator[Served]:
+async def open_server(
+    config: WorkerConfig, host: WorkerHost, publish: Publish, leaving: Leaving
+) -> AsyncIterator[Served]:
     """The worker's two ports, open inside this context. Raises `OSError` when one is taken."""
     server = grpc.aio.server(options=grpc_options.server_options(max_message_bytes=grpc_options.MAX_MESSAGE_BYTES))
     port = grpc_options.listen_at(server, config.listen)
@@ -172,6 +175,7 @@ async def open_server(config: WorkerConfig, host: WorkerHost, publish: Publish) 
         lambda: worker_status(host, config.worker_id),
         PrefillRole(host),
         DecodeRole(host),
+        leaving.ask,
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     push_server = PushServer(host.receiver, host.collectives)

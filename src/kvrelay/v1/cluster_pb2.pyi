@@ -79,6 +79,7 @@ class WorkerInfo(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAIN_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     state: Global___WorkerState.ValueType
@@ -101,6 +102,8 @@ class WorkerInfo(_message.Message):
     """Sequences that the engine computes at a time; 0 when unknown."""
     max_batched_tokens: _builtins.int
     """Tokens that the engine computes in one step; longer prompts are computed in chunks. 0 when unknown."""
+    drain_s: _builtins.float
+    """While it drains: how long its requests may go on, from when the record said so."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     def __init__(
@@ -121,10 +124,11 @@ class WorkerInfo(_message.Message):
         weight: _builtins.float = ...,
         max_running_requests: _builtins.int = ...,
         max_batched_tokens: _builtins.int = ...,
+        drain_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_batched_tokens", b"max_batched_tokens", "max_model_len_tokens", b"max_model_len_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "weight", b"weight", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "drain_s", b"drain_s", "engine", b"engine", "incarnation", b"incarnation", "layout", b"layout", "max_batched_tokens", b"max_batched_tokens", "max_model_len_tokens", b"max_model_len_tokens", "max_running_requests", b"max_running_requests", "model", b"model", "num_engine_blocks", b"num_engine_blocks", "role", b"role", "started_unix_ns", b"started_unix_ns", "state", b"state", "version", b"version", "weight", b"weight", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

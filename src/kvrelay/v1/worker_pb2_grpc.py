@@ -50,6 +50,11 @@ class WorkerStub(object):
                 request_serializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/kvrelay.v1.Worker/Drain',
+                request_serializer=kvrelay_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -79,6 +84,13 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Has the worker leave as on SIGTERM. Returns once that has begun; its record in etcd goes when it has left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.SetRole,
                     request_deserializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=kvrelay_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +197,33 @@ class Worker(object):
             '/kvrelay.v1.Worker/SetRole',
             kvrelay_dot_v1_dot_worker__pb2.SetRoleRequest.SerializeToString,
             kvrelay_dot_v1_dot_worker__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.Worker/Drain',
+            kvrelay_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            kvrelay_dot_v1_dot_worker__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class WorkerStub:
     """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
     etcd says the new role; GetStatus tells when the rest of the old role's work is done.
     """
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
+    """Has the worker leave as on SIGTERM. Returns once that has begun; its record in etcd goes when it has left."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -59,6 +61,8 @@ class WorkerAsyncStub(WorkerStub):
     """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
     etcd says the new role; GetStatus tells when the rest of the old role's work is done.
     """
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
+    """Has the worker leave as on SIGTERM. Returns once that has begun; its record in etcd goes when it has left."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """What a worker offers to coordinators. Workers know token ids only; text is the coordinator's."""
@@ -90,5 +94,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         """Gives the worker another role while it serves: what it has under the old one it finishes. Returns once its record in
         etcd says the new role; GetStatus tells when the rest of the old role's work is done.
         """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
+        """Has the worker leave as on SIGTERM. Returns once that has begun; its record in etcd goes when it has left."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

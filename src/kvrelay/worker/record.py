@@ -36,7 +36,8 @@ class WorkerRecord:
         self.info.role = role
         await self._publish(self.info)
 
-    async def drain(self) -> None:
-        """Be there for nothing new. Returns once the cluster knows."""
+    async def drain(self, drain_s: float) -> None:
+        """Be there for nothing new, and for `drain_s` for the rest. Returns once the cluster knows."""
         self.info.state = cluster_pb2.WORKER_STATE_DRAINING
+        self.info.drain_s = drain_s
         await self._publish(self.info)

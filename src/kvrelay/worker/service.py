@@ -18,6 +18,8 @@ from kvrelay.worker.session import Session
 
 _log = structlog.get_logger(__name__)
 
+MAX_DRAIN_S = 86_400.0
+
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """One worker's sessions, gauges and role."""
@@ -28,7 +30,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         status: Callable[[], worker_pb2.WorkerStatus],
         prefill: PrefillRunner,
         decode: DecodeRunner,
+        on_drain: Callable[[float | None], None] = lambda _: None,
     ) -> None:
+        """`on_drain` has the process leave, within so many seconds or its own setting; it must not block."""
+        self._on_drain = on_drain
         self._record = record
         self._status = status
         self._prefill = prefill
@@ -95,3 +100,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         except InvalidRequestError as error:
             await context.abort(status_of(error).grpc, error.message)
         return worker_pb2.SetRoleResponse(worker=self._record.info)
+
+    async def Drain(
+        self,
+        request: worker_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.DrainRequest, worker_pb2.DrainResponse],
+    ) -> worker_pb2.DrainResponse:
+        """See worker.proto."""
+        drain_s = request.drain_s if request.HasField("drain_s") else None
+        if drain_s is not None and not 0 <= drain_s <= MAX_DRAIN_S:
+            message = f"drain_s is {drain_s:g}; it must be from 0 to {MAX_DRAIN_S:g} seconds"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+        self._on_drain(drain_s)
+        return worker_pb2.DrainResponse()

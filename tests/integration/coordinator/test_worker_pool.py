@@ -29,6 +29,7 @@ class Listener:
         self.steps: list[tuple[str, list[str]]] = []
         self.failed: list[tuple[str, str]] = []
         self.lost: list[str] = []
+        self.leaving: list[str] = []
         self.changes = 0
 
     def on_step(self, worker_id: str, step: worker_pb2.StepOutputs) -> None:
@@ -39,6 +40,9 @@ class Listener:
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         self.lost.append(worker_id)
+
+    def on_worker_leaving(self, worker_id: str) -> None:
+        self.leaving.append(worker_id)
 
     def on_workers_changed(self) -> None:
         self.changes += 1

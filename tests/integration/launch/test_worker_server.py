@@ -20,6 +20,7 @@ from kvrelay.launch.worker import Served, WorkerConfig, open_server
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 from kvrelay.worker.host import WorkerHost
+from kvrelay.worker.leaving import Leaving
 from kvrelay.worker.running_host import open_host
 from kvrelay.worker.store_config import StoreConfig
 from tests.support.sshd import free_port
@@ -39,7 +40,10 @@ async def served(**values: Any) -> AsyncIterator[tuple[Served, WorkerHost]]:
         **values,
     )
     engine, store = SimulatedEngine(SimulatedConfig()), StoreConfig(size_bytes=1 << 20)
-    async with open_host(engine, store, Tracing()) as host, open_server(config, host, publish) as worker:
+    async with (
+        open_host(engine, store, Tracing()) as host,
+        open_server(config, host, publish, Leaving(asyncio.Event(), 0.0)) as worker,
+    ):
         yield worker, host
 
 

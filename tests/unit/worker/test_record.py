@@ -49,7 +49,7 @@ async def test_what_is_no_role_changes_nothing(role: int) -> None:
 async def test_who_drains_takes_no_other_role() -> None:
     published = List()
     own = record(published)
-    await own.drain()
+    await own.drain(4.0)
     with pytest.raises(InvalidRequestError, match="worker w drains"):
         await own.set_role(cluster_pb2.ROLE_DECODE)
     assert [(info.state, info.role) for info in published.heard] == [
