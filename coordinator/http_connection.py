@@ -13,6 +13,8 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _EXTENSION = "kvrelay.connection"
+IDLE_GRACE_S = 0.5
+"""A request may be on its way over a connection that has none: to close it at once would reset it."""
 
 
 class StreamListener(Protocol):
@@ -44,10 +46,32 @@ class StreamProtocol(HttpToolsProtocol):
 
     _listener: StreamListener | None = None
     _is_lost = False
+    _drains = False
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {_EXTENSION: self}  # type: ignore[dict-item]
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self._drains and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Close once the response under way has ended, or after a grace without a request."""
+        if not self._is_idle:
+            super().shutdown()
+            return
+        self._drains = True
+        self.loop.call_later(IDLE_GRACE_S, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self._is_idle:
+            self.transport.close()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
