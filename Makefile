@@ -5,9 +5,12 @@ DECODE ?= 1
 MODEL ?=
 ARGS ?=
 BENCH ?= handoff
+SECONDS ?= 600
+SEED ?= 1
+JSON ?=
 PY := .venv/bin/python
 
-.PHONY: help setup up test unit check format bench proto clean
+.PHONY: help setup up test unit chaos check format bench proto clean
 
 help:           ## Show this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +27,9 @@ test: setup     ## Run every test
 
 unit: setup     ## Run the unit tests
 	@$(PY) -m pytest tests/unit $(ARGS)
+
+chaos: setup    ## Break a cluster under load again and again: make chaos SECONDS=600 SEED=1 JSON=FILE
+	@$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(JSON),--json "$(JSON)") $(ARGS)
 
 check: setup    ## Format, lint, types, layers, scripts, stubs
 	@scripts/check.sh

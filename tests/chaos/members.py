@@ -1,0 +1,103 @@
+"""Which processes make up the cluster under test, where does each listen, and with which command line?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvrelay.launch.places import with_port
+from kvrelay.launch.plan import MALLOC_ENVIRONMENT
+from kvrelay.launch.supervisor import ChildSpec
+
+CLUSTER = "chaos"
+ETCD = "etcd"
+PREFILL = ("prefill-0", "prefill-1")
+DECODE = ("decode-0", "decode-1")
+COORDINATORS = ("coordinator-0", "coordinator-1")
+WORKERS = (*PREFILL, *DECODE)
+OVER_GRPC = "decode-1"
+"""Its KV blocks come as frames, those of the others out of their senders' memory."""
+_LOCAL_PREFILL = {"coordinator-0": "never", "coordinator-1": "when-cheaper"}
+_STORE_BYTES = 16 << 20
+"""Far less than the prompts of a run, so that blocks are evicted all the time."""
+_ENGINE = ("--decode-step-s", "0.02", "--layer-groups", "4")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """host:port of everybody's ports, by member and purpose; the same through all restarts."""
+
+    listen: dict[tuple[str, str], str] = field(default_factory=dict)
+    advertised: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Of the links in front of them."""
+    etcd: dict[str, str] = field(default_factory=dict)
+    """Where each member reaches etcd."""
+
+
+PORTS: Sequence[tuple[str, str]] = (
+    (ETCD, "client"),
+    *((coordinator, kind) for coordinator in COORDINATORS for kind in ("grpc", "http")),
+    *((worker, kind) for worker in WORKERS for kind in ("grpc", "kv")),
+)
+
+
+def free_addresses() -> dict[tuple[str, str], str]:
+    """For `PORTS`, each another one."""
+    chosen: list[str] = []
+    while len(chosen) < len(PORTS):
+        address = with_port("127.0.0.1:0")
+        if address not in chosen:
+            chosen.append(address)
+    return dict(zip(PORTS, chosen, strict=True))
+
+
+def etcd_spec(directory: Path, addresses: Addresses) -> ChildSpec:
+    """Ends last."""
+    port = addresses.listen[ETCD, "client"].rpartition(":")[2]
+    return _spec(ETCD, directory, ["-m", "tests.chaos.etcd_member", str(directory / ETCD), port], stage=0)
+
+
+def member_specs(directory: Path, addresses: Addresses) -> list[ChildSpec]:
+    """The coordinators and workers."""
+    coordinators = [_coordinator(name, directory, addresses) for name in COORDINATORS]
+    return [*coordinators, *(_worker(name, directory, addresses) for name in WORKERS)]
+
+
+def _coordinator(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
+    command = ["coordinator", *_shared(name, addresses), "--coordinator-id", name]
+    command += ["--local-prefill", _LOCAL_PREFILL[name]]
+    for kind in ("grpc", "http"):
+        command += [f"--{kind}", addresses.listen[name, kind]]
+    return _spec(name, directory, ["-m", "kvrelay.cli", *command])
+
+
+def _worker(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
+    role = name.partition("-")[0]
+    command = [f"{role}-worker", *_shared(name, addresses), "--worker-id", name]
+    command += ["--engine", "simulated", "--kv-host-bytes", str(_STORE_BYTES)]
+    command += ["--listen", addresses.listen[name, "grpc"], "--advertise", addresses.advertised[name, "grpc"]]
+    command += ["--kv-listen", addresses.listen[name, "kv"], "--kv-advertise", addresses.advertised[name, "kv"]]
+    if name == OVER_GRPC:
+        command += ["--kv-transport", "grpc"]
+    armed = ["-m", "tests.chaos.armed_worker", str(directory / "points"), name]
+    return _spec(name, directory, [*armed, *command, "--", *_ENGINE])
+
+
+def _shared(name: str, addresses: Addresses) -> list[str]:
+    return ["--etcd", addresses.etcd[name], "--cluster", CLUSTER]
+
+
+def _spec(name: str, directory: Path, arguments: Sequence[str], stage: int = 1) -> ChildSpec:
+    path = os.pathsep.join([str(_ROOT), str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = {"PYTHONPATH": path, "TMPDIR": str(directory / "tmp"), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return ChildSpec(
+        name=name,
+        arguments=[sys.executable, *arguments],
+        environment={**MALLOC_ENVIRONMENT, **os.environ, **run},
+        log_path=directory / "logs" / f"{name}.log",
+        stage=stage,
+    )
