@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -33,7 +33,7 @@ from tests.chaos.points import Armory
 
 START_TIMEOUT_S = 120.0
 _POLL_S = 0.1
-_ANSWER_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 2.0
 _RESTART = {"first_delay_s": 0.3, "max_delay_s": 2.0, "healthy_s": 10.0}
 
 
@@ -48,7 +48,7 @@ class Cluster:
         """By name: `decode-0.grpc`, `decode-0.kv`, `decode-0.etcd`, `coordinator-0.grpc`, `coordinator-0.http`."""
         self.armory = Armory(directory / "points")
         self.serving: set[str] = set()
-        """Coordinators that were ready since they were started."""
+        """Coordinators that said that they are ready when they were asked last."""
         self.num_starts: Counter[str] = Counter()
         self.unexpected_ends: list[str] = []
         self._keepers: dict[str, int] = {}
@@ -117,22 +117,26 @@ class Cluster:
                     return
                 await asyncio.sleep(_POLL_S)
 
-    async def watch_coordinators(self) -> None:
-        """Note when each is ready, until cancelled."""
+    async def watch_coordinator(self, name: str) -> None:
+        """Note whether it takes requests, as a load balancer does, until cancelled.
+
+        One that is silent stays what it is.
+        """
+        url = f"http://{self.addresses.listen[name, 'http']}/ready"
         async with httpx.AsyncClient(timeout=_ANSWER_TIMEOUT_S) as http:
             while True:
-                for name in set(COORDINATORS) - self.serving:
-                    starts = self.num_starts[name]
-                    if await _is_ready(http, self.addresses.listen[name, "http"]) and starts == self.num_starts[name]:
-                        self.serving.add(name)
+                starts = self.num_starts[name]
+                try:
+                    is_ready = (await http.get(url)).status_code == 200
+                except httpx.TimeoutException:
+                    is_ready = name in self.serving
+                except httpx.HTTPError:
+                    is_ready = False
+                if is_ready and starts == self.num_starts[name]:
+                    self.serving.add(name)
+                else:
+                    self.serving.discard(name)
                 await asyncio.sleep(_POLL_S)
-
-
-async def _is_ready(http: httpx.AsyncClient, address: str) -> bool:
-    try:
-        return (await http.get(f"http://{address}/ready")).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 @contextlib.asynccontextmanager
@@ -153,12 +157,13 @@ async def open_cluster(directory: Path) -> AsyncIterator[Cluster]:
         cluster = Cluster(directory, directory.name, addresses, links)
         config = SupervisorConfig(run_id=directory.name, **_RESTART)
         async with supervise(config, cluster) as supervisor, asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(cluster.watch_coordinators(), name="watch coordinators")
+            watching = [tasks.create_task(cluster.watch_coordinator(name)) for name in COORDINATORS]
             await _start(supervisor, cluster, directory, addresses)
             try:
                 yield cluster
             finally:
-                watching.cancel()
+                for task in watching:
+                    task.cancel()
 
 
 async def _start(supervisor: Supervisor, cluster: Cluster, directory: Path, addresses: Addresses) -> None:
@@ -168,8 +173,3 @@ async def _start(supervisor: Supervisor, cluster: Cluster, directory: Path, addr
     for spec in member_specs(directory, addresses):
         supervisor.start(spec)
     await cluster.wait_whole(START_TIMEOUT_S)
-
-
-def own_links(cluster: Cluster, kind: str, members: Collection[str]) -> list[Link]:
-    """The links of one kind in front of these members, or from these to etcd."""
-    return [cluster.links[f"{name}.{kind}"] for name in members]

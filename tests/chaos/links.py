@@ -136,17 +136,19 @@ class Link:
             else:
                 connection.may_pass.set()
 
-    async def serve(self, from_dialler: asyncio.StreamReader, to_dialler: asyncio.StreamWriter) -> None:
-        """One connection, until either side is gone."""
-        task = asyncio.current_task()
-        assert task is not None
+    def accept(self, from_dialler: asyncio.StreamReader, to_dialler: asyncio.StreamWriter) -> None:
+        """Serve a new connection."""
+        task = asyncio.get_running_loop().create_task(self._serve(from_dialler, to_dialler), name=self.name)
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, from_dialler: asyncio.StreamReader, to_dialler: asyncio.StreamWriter) -> None:
+        """One connection, until either side is gone."""
         try:
             host, port = self.target.rsplit(":", 1)
             from_listener, to_listener = await asyncio.open_connection(host, int(port))
         except OSError:
             to_dialler.transport.abort()
-            self._tasks.discard(task)
             return
         self._num_connections += 1
         connection = Connection(self._num_connections, to_dialler, to_listener)
@@ -158,7 +160,6 @@ class Link:
         finally:
             del self.connections[connection.number]
             connection.close()
-            self._tasks.discard(task)
 
     async def _both_ways(
         self,
@@ -229,7 +230,7 @@ class Link:
 async def open_link(name: str, target: str) -> AsyncIterator[Link]:
     """A link at an address of its own; no connection is left at the end."""
     link = Link(name, target)
-    server = await asyncio.start_server(link.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(link.accept, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     link.address = f"{host}:{port}"
     try:

@@ -7,15 +7,17 @@ from collections.abc import Collection
 
 from tests.chaos.faults.base import Fault, Lab
 from tests.chaos.links import Corruption, Delay, Harm, Lossy, Partition
-from tests.chaos.members import COORDINATORS, OVER_GRPC, WORKERS
+from tests.chaos.members import COORDINATORS, DECODE, OVER_GRPC, PREFILL, WORKERS
 
 LINKS = {
     "worker": [f"{name}.grpc" for name in WORKERS],
-    "kv": [f"{name}.kv" for name in WORKERS],
+    "kv": [f"{name}.kv" for name in (*DECODE, *DECODE, *PREFILL)],
     "etcd": [f"{name}.etcd" for name in (*COORDINATORS, *WORKERS)],
     "client": [f"{name}.grpc" for name in COORDINATORS],
 }
-"""By who is at the other end, or by what is sent."""
+"""By who is at the other end, or by what is sent; decode workers get far more blocks than others."""
+_DEAD_S = 30.0
+"""gRPC's keepalive takes 15 to 25 s to notice a peer that is silent."""
 
 
 class LinkFault(Fault):
@@ -54,7 +56,15 @@ class HarmFault(LinkFault):
 
 
 class PartitionLink(HarmFault):
-    """Bytes are held and connections stay open: all of them, or about half of those that there are."""
+    """Bytes are held and connections stay open: all of them, or about half of those that there are.
+
+    One of four lasts until the peer is taken for dead.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        if rng.random() < 0.25:
+            self.hold_s = _DEAD_S
 
     def make(self, rng: random.Random) -> Harm:
         harm, whole, parity = Partition(), rng.random() < 0.5, rng.randrange(2)
