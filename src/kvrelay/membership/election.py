@@ -103,4 +103,5 @@ async def _resign(client: EtcdClient, lease: Lease) -> None:
         async with asyncio.timeout(_RESIGN_TIMEOUT_S):
             await client.revoke_lease(lease.lease_id)
     except (EtcdError, TimeoutError) as error:
-        logger.warning("could not resign: %s; another leader follows within %g s", error, lease.ttl_s)
+        reason = str(error) or f"etcd has not answered within {_RESIGN_TIMEOUT_S:g} s"
+        logger.warning("could not resign: %s; another leader follows within %g s", reason, lease.ttl_s)

@@ -106,7 +106,8 @@ class Registration:
             async with asyncio.timeout(_LEAVE_TIMEOUT_S):
                 await self._client.revoke_lease(self._lease.lease_id)
         except (EtcdError, TimeoutError) as error:
-            logger.warning("could not leave: %s; the record goes within %g s", error, self._lease.ttl_s)
+            reason = str(error) or f"etcd has not answered within {_LEAVE_TIMEOUT_S:g} s"
+            logger.warning("could not leave: %s; the record goes within %g s", reason, self._lease.ttl_s)
 
     async def _hold(self, lease: Lease) -> None:
         """Until the lease is lost. Raises `EtcdError`."""

@@ -9,7 +9,7 @@ from typing import Any, Never, cast
 import pytest
 
 from kvrelay.etcd import EtcdClient, Lease, LeaseLostError
-from kvrelay.membership import register
+from kvrelay.membership import register, registration
 from kvrelay.v1 import cluster_pb2
 
 RECORD = cluster_pb2.WorkerInfo(worker_id="w")
@@ -61,6 +61,18 @@ async def test_a_lease_lost_in_the_moment_of_leaving_does_not_keep_it_alive() ->
         await etcd.kept.wait()
         await registration.wait_written()
     assert etcd.num_revoked == 1
+
+
+async def test_an_etcd_that_is_silent_while_one_leaves_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A timeout has no text of its own."""
+    monkeypatch.setattr(registration, "_LEAVE_TIMEOUT_S", 0.01)
+    etcd = FakeEtcd(_nothing)
+    monkeypatch.setattr(etcd, "revoke_lease", lambda _: asyncio.Event().wait())
+    async with asyncio.timeout(5), register(etcd.client, b"/w", RECORD):
+        await etcd.kept.wait()
+    assert "could not leave: etcd has not answered within 0.01 s" in caplog.text
 
 
 async def test_whoever_is_cancelled_while_leaving_is_cancelled() -> None:
