@@ -16,6 +16,7 @@ _NOT_CONNECTED = (
     # How gRPC core begins the details of what never reached a coordinator, or did not come back from it.
     "failed to connect",
     "Socket closed",
+    "Stream removed",
     "recvmsg:",
     "sendmsg:",
     "connections to all backends failing",

@@ -23,6 +23,7 @@ from kvrelay.client import (
     UnreachableError,
     WorkerLostError,
 )
+from tests.chaos.links import open_link
 from tests.support.scripted_inference import ScriptedInference, scripted_inference
 
 
@@ -127,6 +128,17 @@ def test_nobody_listening_is_said_with_the_address() -> None:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with Client(address) as client, pytest.raises(UnreachableError, match=f"no coordinator answers at {address}"):
             client.generate("x")
+
+
+async def test_a_connection_that_breaks_in_the_middle_is_said_with_the_address(service: ScriptedInference) -> None:
+    service.say("a")
+    service.hang = True
+    async with open_link("client", service.address) as link, AsyncClient(link.address) as client:
+        stream = client.stream("x")
+        assert (await anext(stream)).text == "a"
+        link.reset()
+        with pytest.raises(UnreachableError, match=f"no coordinator answers at {link.address}"):
+            await anext(stream)
 
 
 def test_credentials_turn_a_secure_channel_on() -> None:
