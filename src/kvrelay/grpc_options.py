@@ -15,6 +15,9 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
+PING_TIMEOUT_MS = KEEPALIVE_TIMEOUT_MS
+"""Of pings that measure the bandwidth. gRPC sends no keepalive while such a one is under way, and by itself waits for it
+for a minute: a peer that falls silent while data flows would be noticed as late as that."""
 INITIAL_RECONNECT_MS = 100
 MAX_RECONNECT_MS = 2_000
 CONNECT_TIMEOUT_MS = 5_000
@@ -38,6 +41,7 @@ def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES, shares_port: b
         ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
 
@@ -57,6 +61,7 @@ def channel_options(*, own_connection: bool = False) -> Options:
         *_SIZES,
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", INITIAL_RECONNECT_MS),
