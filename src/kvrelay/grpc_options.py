@@ -15,9 +15,10 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
-PING_TIMEOUT_MS = KEEPALIVE_TIMEOUT_MS
-"""Of pings that measure the bandwidth. While such a one is under way gRPC sends no keepalive, and waits a minute for it by
-itself: a peer that falls silent while data flows would be noticed as late as that."""
+PING_TIMEOUT_MS = 10_000
+"""Of pings that measure the bandwidth. While one is under way gRPC sends no keepalive, and by itself it waits a minute:
+a peer that falls silent while data flows would be noticed as late as that. A process that only stands still for some
+seconds keeps its connections."""
 INITIAL_RECONNECT_MS = 100
 MAX_RECONNECT_MS = 2_000
 CONNECT_TIMEOUT_MS = 5_000

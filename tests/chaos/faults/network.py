@@ -58,12 +58,12 @@ class HarmFault(LinkFault):
 class PartitionLink(HarmFault):
     """Bytes are held and connections stay open: all of them, or about half of those that there are.
 
-    One of four lasts until the peer is taken for dead.
+    One of four lasts until the peer is taken for dead, but not where that is a client's coordinator.
     """
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
-        if rng.random() < 0.25:
+        if rng.random() < 0.25 and self.kind != "client":
             self.hold_s = _DEAD_S
 
     def make(self, rng: random.Random) -> Harm:
