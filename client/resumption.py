@@ -19,7 +19,7 @@ _MAX_PAUSE_S = 2.0
 class Resumption:
     """Of one call. Tokens count once, whatever becomes of coordinators: what has come is told to the next one.
 
-    A call that never reached a coordinator is not tried again, nor one of several completions that has begun.
+    A call that reached none of the coordinators is not tried again.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Resumption:
         *,
         reconnect_for_s: float,
         timeout_s: float | None,
+        num_coordinators: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`request` is changed as tokens come."""
@@ -35,23 +36,38 @@ class Resumption:
         self._reconnect_for_s = reconnect_for_s
         self._clock = clock
         self._ends_s = None if timeout_s is None else clock() + timeout_s
+        self._begun: dict[int, inference_pb2.Resume] = {}
+        """By index."""
         self._until_s: float | None = None
         """When it gives up, while no coordinator is there."""
         self._pause_s = _FIRST_PAUSE_S
+        self._num_untried = num_coordinators - 1
+        """Of those who may answer where the first did not."""
 
     def took(self, response: inference_pb2.GenerateResponse) -> None:
         """Something has come."""
         self._until_s = None
         self._pause_s = _FIRST_PAUSE_S
-        self.request.resume.token_ids.extend(response.token_ids)
-        self.request.resume.num_text_chars += len(response.text)
+        resume = self._begun.get(response.index)
+        if resume is None:
+            resume = self._begun[response.index] = self.request.resume.add(index=response.index)
+        resume.token_ids.extend(response.token_ids)
+        resume.num_text_chars += len(response.text)
+        resume.is_finished = bool(response.finish_reason)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all has come, so that nothing is lost with the call."""
+        num_finished = sum(resume.is_finished for resume in self._begun.values())
+        return num_finished == max(1, self.request.sampling.n)
 
     def pause_s(self, error: KvrelayError) -> float | None:
         """How long to wait before `request` is sent again after this error; None when the call has failed."""
-        if not isinstance(error, UnreachableError) or not (self._until_s or error.had_connected):
+        if not isinstance(error, UnreachableError):
             return None
-        if self.request.sampling.n > 1 and self.request.resume.token_ids:
-            return None
+        if self._until_s is None and not error.had_connected:
+            self._num_untried -= 1
+            return 0.0 if self._num_untried >= 0 else None
         now_s = self._clock()
         if self._until_s is None:
             self._until_s = now_s + self._reconnect_for_s

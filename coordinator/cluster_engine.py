@@ -153,11 +153,11 @@ class ClusterEngine(EngineControls):
         kv_hints: Any = None,
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
-        generated_token_ids: Sequence[int] = (),
+        resume: Sequence[inference_pb2.Resume] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs as `AsyncLLM.generate` does.
 
-        With `generated_token_ids`, of the only completion, it goes on after these; they come out again first.
+        With `resume` it goes on after what that says; this comes out again first.
         Closing or cancelling the generator ends the request on the workers. Raises
         `VLLMValidationError` for what can never work and `ClusterRequestError` for the rest.
         """
@@ -174,7 +174,7 @@ class ClusterEngine(EngineControls):
                 prompt, sampling_params, request_id, tokenization_kwargs=tokenization_kwargs, priority=priority
             )
             text = prompt_text or self._text_of(prompt)
-            queue = self._submit(request, text, timeline, trace, generated_token_ids)
+            queue = self._submit(request, text, timeline, trace, resume)
             while not finished:
                 output = await queue.next()
                 finished = output.finished
@@ -297,7 +297,7 @@ class ClusterEngine(EngineControls):
         prompt_text: str | None,
         timeline: RequestTimeline,
         trace: RequestTrace,
-        generated_token_ids: Sequence[int],
+        resume: Sequence[inference_pb2.Resume],
     ) -> OutputQueue:
         """Register the completions with the output processor and start them; on failure nothing is left."""
         self.input_processor.assign_request_id(request)
@@ -309,7 +309,7 @@ class ClusterEngine(EngineControls):
         for index, child in enumerate(children):
             self._outputs.add_request(child, prompt_text, parent, index, queue)
         try:
-            flow_request = self.intake.flow_request(request, children, current_terms.get(), generated_token_ids)
+            flow_request = self.intake.flow_request(request, children, current_terms.get(), resume)
             self._admitting.submit(flow_request, timeline, trace)
         except BaseException:
             self._outputs.abort_requests([request_id], internal=True)

@@ -106,7 +106,7 @@ class Dispatcher:
             self._forget(flow)
             raise
         self._sink.started(flow, planned.decision, planned.schedule_s)
-        if request.generated_token_ids:
+        if request.has_begun:
             self.cancel(self._sink.resume(flow))
 
     def _launch(self, flow: RequestFlow, planned: Planned) -> None:

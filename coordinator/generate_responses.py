@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -19,6 +20,22 @@ _FINISH_REASONS = {
 }
 
 
+@dataclass(slots=True)
+class _Had:
+    """What the client has of a completion that comes out again."""
+
+    num_tokens: int
+    num_chars: int
+    is_finished: bool
+
+    def leave_out(self, token_ids: Sequence[int], text: str) -> tuple[Sequence[int], str]:
+        """What of these is new."""
+        num_tokens, num_chars = min(self.num_tokens, len(token_ids)), min(self.num_chars, len(text))
+        self.num_tokens -= num_tokens
+        self.num_chars -= num_chars
+        return token_ids[num_tokens:], text[num_chars:]
+
+
 class ResponseBuilder:
     """Turns the outputs of one call, which hold only what is new, into its responses.
 
@@ -30,10 +47,9 @@ class ResponseBuilder:
         request_id: str,
         num_logprobs: int | None,
         num_prompt_logprobs: int | None,
-        resume: inference_pb2.Resume | None = None,
+        resume: Sequence[inference_pb2.Resume] = (),
     ) -> None:
-        self._num_had_tokens = len(resume.token_ids) if resume else 0
-        self._num_had_chars = resume.num_text_chars if resume else 0
+        self._had = {each.index: _Had(len(each.token_ids), each.num_text_chars, each.is_finished) for each in resume}
         self._request_id = request_id
         self._num_logprobs = num_logprobs
         self._num_prompt_logprobs = num_prompt_logprobs
@@ -41,8 +57,9 @@ class ResponseBuilder:
 
     def responses(self, output: RequestOutput) -> Iterator[inference_pb2.GenerateResponse]:
         """One response per completion with news; the last one of the call has the usage."""
-        for position, completion in enumerate(output.outputs):
-            self._num_completion_tokens += len(completion.token_ids)
+        self._num_completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        shown = [completion for completion in output.outputs if not self._has_all_of(completion)]
+        for position, completion in enumerate(shown):
             response = self._response(completion)
             tokens = list(output.prompt_token_ids or ())[1:]
             # Without rows for them they are what the client has, or have come before.
@@ -50,22 +67,23 @@ class ResponseBuilder:
                 response.prompt_logprobs.extend(
                     _token_logprobs(tokens, output.prompt_logprobs[1:], self._num_prompt_logprobs)
                 )
-            if output.finished and position == len(output.outputs) - 1:
+            if output.finished and position == len(shown) - 1:
                 response.usage.prompt_tokens = len(output.prompt_token_ids or ())
                 response.usage.completion_tokens = self._num_completion_tokens
-            if response.token_ids or response.text or response.finish_reason or response.prompt_logprobs:
-                yield response
+            yield response
+
+    def _has_all_of(self, completion: CompletionOutput) -> bool:
+        had = self._had.get(completion.index)
+        return had is not None and had.is_finished
 
     def _response(self, completion: CompletionOutput) -> inference_pb2.GenerateResponse:
-        num_had_tokens = min(self._num_had_tokens, len(completion.token_ids))
-        num_had_chars = min(self._num_had_chars, len(completion.text))
-        self._num_had_tokens -= num_had_tokens
-        self._num_had_chars -= num_had_chars
-        token_ids = completion.token_ids[num_had_tokens:]
+        token_ids, text = completion.token_ids, completion.text
+        if had := self._had.get(completion.index):
+            token_ids, text = had.leave_out(token_ids, text)
         response = inference_pb2.GenerateResponse(
             request_id=self._request_id,
             index=completion.index,
-            text=completion.text[num_had_chars:],
+            text=text,
             token_ids=token_ids,
             finish_reason=_FINISH_REASONS[completion.finish_reason],
         )

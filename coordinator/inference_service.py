@@ -71,7 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 prompt_text=request.text or None,
                 priority=request.priority,
                 trace_headers=_trace_headers(context),
-                generated_token_ids=request.resume.token_ids,
+                resume=request.resume,
             )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:

@@ -65,10 +65,15 @@ class EngineOutputSink:
         self.decisions.add(flow.request.external_id, decision, queued_s)
 
     def resume(self, flow: RequestFlow) -> Sequence[str]:
-        """Of what the client has the detokenizer must know."""
-        (completion,) = flow.request.completions
-        had = flow.request.generated_token_ids
-        return self._process([worker_pb2.TokenDelta(request_id=completion.request_id, token_ids=had)])
+        """Of what the client has the detokenizer must know. How a completion ended that has is nobody's question."""
+        deltas = []
+        for completion in flow.request.completions:
+            if had := completion.generated_token_ids:
+                delta = worker_pb2.TokenDelta(request_id=completion.request_id, token_ids=had)
+                if completion.is_finished:
+                    delta.finish_reason = common_pb2.FINISH_REASON_LENGTH
+                deltas.append(delta)
+        return self._process(deltas)
 
     def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
         """Detokenize and hand out a whole message; returns the completions that a stop string has ended.

@@ -39,7 +39,7 @@ class Planner:
         began_s = time.perf_counter()
         with trace.span("schedule"):
             views = self._pool.views()
-            prompt = self._indexed(request, _token_ids(request), views)
+            prompt = self._indexed(request, request.longest, views)
             decision = self._scheduler.plan(self._shape(request, prompt), views)
         return Planned(decision, prompt, time.perf_counter() - began_s)
 
@@ -66,12 +66,13 @@ class Planner:
     def _shape(self, request: FlowRequest, prompt: IndexedPrompt) -> RequestShape:
         return RequestShape(
             model=self._model,
-            num_prompt_tokens=len(request.prompt_token_ids) + len(request.generated_token_ids),
-            num_sequences=len(request.completions),
-            max_tokens=request.completions[0].sampling.max_tokens - len(request.generated_token_ids),
+            num_prompt_tokens=len(request.longest),
+            num_sequences=len(request.open_completions),
+            max_tokens=request.completions[0].sampling.max_tokens,
             num_stored_blocks=prompt.num_stored_blocks(),
             ttft_s=request.terms.ttft_s,
             itl_s=request.terms.itl_s,
+            may_split=len(request.open_completions) == 1 or not request.has_begun,
         )
 
     def _shape_of_rest(self, flow: RequestFlow, prompt: IndexedPrompt) -> RequestShape:
@@ -86,8 +87,3 @@ class Planner:
             num_stored_blocks=prompt.num_stored_blocks(),
             may_split=flow.may_split,
         )
-
-
-def _token_ids(request: FlowRequest) -> Sequence[int]:
-    had = request.generated_token_ids
-    return [*request.prompt_token_ids, *had] if had else request.prompt_token_ids

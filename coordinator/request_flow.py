@@ -29,6 +29,10 @@ class Completion:
 
     request_id: str
     sampling: common_pb2.SamplingParams
+    generated_token_ids: Sequence[int] = ()
+    """What the client has of it already, from a coordinator that was lost."""
+    is_finished: bool = False
+    """The client has all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +49,22 @@ class FlowRequest:
     priority: int = 0
     terms: RequestTerms = STANDARD_TERMS
     """Its `ttft_s` counts from when the request is dispatched."""
-    generated_token_ids: Sequence[int] = ()
-    """What the client has of the only completion already, from a coordinator that was lost."""
+
+    @property
+    def open_completions(self) -> Sequence[Completion]:
+        """Those of which something is to come."""
+        return [completion for completion in self.completions if not completion.is_finished]
+
+    @property
+    def longest(self) -> Sequence[int]:
+        """The prompt, and what the client has already of the completion of which it has most."""
+        had = max((completion.generated_token_ids for completion in self.open_completions), key=len)
+        return [*self.prompt_token_ids, *had] if had else self.prompt_token_ids
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a coordinator that was lost has given the client some of it."""
+        return any(completion.generated_token_ids for completion in self.completions)
 
 
 _BROKEN = (common_pb2.FINISH_REASON_ABORT, common_pb2.FINISH_REASON_ERROR)
@@ -77,17 +95,16 @@ class RequestFlow:
         self.request = request
         self.timeline = timeline
         self.trace = trace
-        self.open_ids = {completion.request_id for completion in request.completions}
+        self.open_ids = {completion.request_id for completion in request.open_completions}
         self.num_plans = 0
         self.num_failed_plans = 0
         """Those that a worker had a part of and failed; a plan that nobody got does not count."""
         self.unfit_worker_ids: set[str] = set()
         """They live and could not serve it."""
         self._full_kv_wait_ms = kv_wait_ms
-        had = request.generated_token_ids
-        self._generated: dict[str, list[int]] = {each.request_id: list(had) for each in request.completions}
+        self._generated = {each.request_id: list(each.generated_token_ids) for each in request.completions}
         """What the client has, by completion."""
-        self._seen = set(self._generated) if had else set()
+        self._seen = {each.request_id for each in request.completions if each.generated_token_ids}
         self._prompt_logprobs: common_pb2.Logprobs | None = None
         self._begin(plan)
 

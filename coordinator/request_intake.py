@@ -15,6 +15,7 @@ from kvrelay.coordinator.request_flow import Completion, FlowRequest
 from kvrelay.coordinator.request_terms import RequestTerms
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling import to_proto
+from kvrelay.v1 import inference_pb2
 
 TASKS: tuple[SupportedTask, ...] = ("generate",)
 
@@ -60,46 +61,36 @@ class RequestIntake:
         request: EngineCoreRequest,
         children: Sequence[EngineCoreRequest],
         terms: RequestTerms,
-        generated_token_ids: Sequence[int] = (),
+        resume: Sequence[inference_pb2.Resume] = (),
     ) -> FlowRequest:
         """What the dispatcher gets of a request that has its id. Raises `InvalidRequestError`."""
         assert request.external_req_id is not None
         assert request.prompt_token_ids is not None
-        return FlowRequest(
+        flow_request = FlowRequest(
             request_id=request.request_id,
             external_id=request.external_req_id,
             prompt_token_ids=request.prompt_token_ids,
-            completions=[
-                Completion(request_id=child.request_id, sampling=to_proto(child.params)) for child in children
-            ],
+            completions=_completions(children, resume),
             max_model_len_tokens=self._model_config.max_model_len,
             cache_salt=request.cache_salt or "",
             priority=request.priority,
             terms=terms,
-            generated_token_ids=self._resumable(request, len(children), generated_token_ids),
         )
+        if resume:
+            self._check_resumed(flow_request)
+        return flow_request
 
-    def _resumable(
-        self, request: EngineCoreRequest, num_completions: int, generated_token_ids: Sequence[int]
-    ) -> Sequence[int]:
-        num_generated = len(generated_token_ids)
-        if not num_generated:
-            return ()
-        assert request.prompt_token_ids is not None
-        assert request.sampling_params is not None
-        limit = request.sampling_params.max_tokens or 0
-        if num_completions != 1:
-            raise InvalidRequestError(f"resume is for one completion, and n is {num_completions}", field="resume")
-        if num_generated >= limit:
-            raise InvalidRequestError(
-                f"resume has {num_generated} tokens; with max_tokens {limit} nothing would be left", field="resume"
-            )
-        check_prompt(
-            [*request.prompt_token_ids, *generated_token_ids],
-            max_model_len_tokens=self._model_config.max_model_len,
-            vocab_size=self._vocab_size,
-        )
-        return list(generated_token_ids)
+    def _check_resumed(self, request: FlowRequest) -> None:
+        if not request.open_completions:
+            raise InvalidRequestError("resume says that all completions have ended", field="resume")
+        for completion in request.open_completions:
+            num_had, limit = len(completion.generated_token_ids), completion.sampling.max_tokens
+            if num_had >= limit:
+                raise InvalidRequestError(
+                    f"resume has {num_had} tokens; with max_tokens {limit} nothing would be left", field="resume"
+                )
+        for completion in request.completions:
+            self.check_prompt([*request.prompt_token_ids, *completion.generated_token_ids])
 
     def _checked(self, request: EngineCoreRequest) -> EngineCoreRequest:
         token_ids = request.prompt_token_ids
@@ -113,3 +104,21 @@ class RequestIntake:
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Raises `InvalidRequestError`."""
         check_prompt(token_ids, max_model_len_tokens=self._model_config.max_model_len, vocab_size=self._vocab_size)
+
+
+def _completions(children: Sequence[EngineCoreRequest], resume: Sequence[inference_pb2.Resume]) -> Sequence[Completion]:
+    begun = {each.index: each for each in resume}
+    if unknown := [index for index in begun if index >= len(children)]:
+        raise InvalidRequestError(f"resume has index {unknown[0]}, and n is {len(children)}", field="resume")
+    if any(each.is_finished and not each.token_ids for each in resume):
+        raise InvalidRequestError("resume says that a completion without a token has ended", field="resume")
+    nothing = inference_pb2.Resume()
+    return [
+        Completion(
+            request_id=child.request_id,
+            sampling=to_proto(child.params),
+            generated_token_ids=list(begun.get(index, nothing).token_ids),
+            is_finished=begun.get(index, nothing).is_finished,
+        )
+        for index, child in enumerate(children)
+    ]

@@ -104,13 +104,11 @@ def judge(answers: Iterable[Answer], injections: Sequence[Injection]) -> list[Ju
 
 
 def _judge(answer: Answer, faults: Sequence[Injection]) -> Judged:
-    disturbed = any(answer.coordinator in hit.fault.coordinators for hit in faults)
     verdict = verdict_of(
         answer.plan.expected(),
         answer.tokens,
         TimeoutError("never ended") if answer.abandoned else answer.error,
         cancelled=answer.cancelled,
-        lost_connection=disturbed and answer.error is not None,
         keeps_state=answer.plan.keeps_state,
     )
     return Judged(answer, verdict, faults)

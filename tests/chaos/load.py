@@ -161,9 +161,10 @@ async def open_load(cluster: Cluster) -> AsyncIterator[Load]:
     """A load that has not begun. What still runs at the end is waited for."""
     async with contextlib.AsyncExitStack() as stack:
         clients = {}
-        for name in COORDINATORS:
-            address = cluster.links[f"{name}.grpc"].address
-            clients[name] = await stack.enter_async_context(AsyncClient(address))
+        addresses = [cluster.links[f"{name}.grpc"].address for name in COORDINATORS]
+        for index, name in enumerate(COORDINATORS):
+            in_turn = addresses[index:] + addresses[:index]
+            clients[name] = await stack.enter_async_context(AsyncClient(in_turn))
         http = await stack.enter_async_context(httpx.AsyncClient(timeout=TIMEOUT_S))
         async with asyncio.TaskGroup() as tasks:
             yield Load(cluster, clients, http, tasks)

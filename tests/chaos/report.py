@@ -13,7 +13,7 @@ from tests.chaos.findings import Findings, percentile, rows
 from tests.chaos.verdict import Verdict
 
 _MAX_LINES = 20
-_SHORT = {Verdict.COORDINATOR_GONE.value: "coord. gone", Verdict.STATE_LOST.value: "state lost"}
+_SHORT = {Verdict.STATE_LOST.value: "state lost"}
 
 
 def to_json(findings: Findings) -> dict[str, Any]:

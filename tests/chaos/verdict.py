@@ -9,8 +9,6 @@ import httpx
 
 from kvrelay.client import NoWorkersError, OverloadedError, WorkerLostError
 
-COORDINATOR_GONE_IS_TOLERATED = True
-"""A stream ends with its coordinator, or with the client's connection to it, as long as clients do not resume it."""
 SAMPLER_STATE_LOST_IS_TOLERATED = True
 """A worker that takes over does not continue a sampler that knows more than the tokens (ADR 20)."""
 
@@ -27,8 +25,6 @@ class Verdict(enum.Enum):
     """Before its first token, an error after which the same request may be sent again."""
     CANCELLED = "cancelled"
     """By its client, which had the right tokens until then."""
-    COORDINATOR_GONE = "coordinator_gone"
-    """Lost in the middle together with its coordinator or the connection to it."""
     STATE_LOST = "sampler_state_lost"
     """Lost in the middle together with a worker that held a seeded generator."""
     LOST = "lost"
@@ -80,13 +76,11 @@ def verdict_of(
     error: Exception | None,
     *,
     cancelled: bool = False,
-    lost_connection: bool = False,
     keeps_state: bool = False,
 ) -> Verdict:
     """Of a whole request whose completions all have to be `expected`.
 
-    `lost_connection`: its coordinator or the way to it was disturbed meanwhile; `keeps_state`: its sampler knows more
-    than its tokens.
+    `keeps_state`: its sampler knows more than its tokens.
     """
     if error is None and not cancelled:
         return worst([verdict_of_tokens(expected, tokens) for tokens in got])
@@ -97,8 +91,6 @@ def verdict_of(
         return Verdict.CANCELLED
     if not any(got):
         return Verdict.CLEAR_ERROR if error is not None and is_clear(error) else Verdict.LOST
-    if lost_connection and COORDINATOR_GONE_IS_TOLERATED:
-        return Verdict.COORDINATOR_GONE
     if keeps_state and isinstance(error, WorkerLostError) and SAMPLER_STATE_LOST_IS_TOLERATED:
         return Verdict.STATE_LOST
     return Verdict.LOST

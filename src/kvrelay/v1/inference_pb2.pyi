@@ -62,8 +62,8 @@ class GenerateRequest(_message.Message):
         """What the request should keep to; its class says it where this does not."""
 
     @_builtins.property
-    def resume(self) -> Global___Resume:
-        """Goes on with a call whose coordinator was lost. For one completion."""
+    def resume(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resume]:
+        """Goes on with a call whose coordinator was lost: one for each completion that had begun."""
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class GenerateRequest(_message.Message):
         targets: Global___Targets | None = ...,
         request_class: _builtins.str = ...,
         tenant: _builtins.str = ...,
-        resume: Global___Resume | None = ...,
+        resume: _abc.Iterable[Global___Resume] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "targets", b"targets", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "targets", b"targets", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_timeline", b"include_timeline", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "targets", b"targets", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -94,25 +94,32 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """What a call had brought. The answer goes on after it, and its usage counts it."""
+    """What a call had brought of one completion. The answer goes on after it, and its usage counts it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_TEXT_CHARS_FIELD_NUMBER: _builtins.int
+    IS_FINISHED_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
     num_text_chars: _builtins.int
     """Unicode code points of the text."""
+    is_finished: _builtins.bool
+    """It had ended: nothing more comes of it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
+        index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_text_chars: _builtins.int = ...,
+        is_finished: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_text_chars", b"num_text_chars", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "is_finished", b"is_finished", "num_text_chars", b"num_text_chars", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ import pytest
 from kvrelay.client import AsyncClient, Client
 from kvrelay.client.async_client import AsyncStream
 from kvrelay.client.connection import UnreachableError
+from kvrelay.client.options import GenerateOptions
 from kvrelay.client.results import Chunk, Collector, Generation
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.front_end import FrontEnd
@@ -21,15 +22,17 @@ from kvrelay.coordinator.scheduler.policies import make_scheduler
 from kvrelay.engine.simulated_model import SimulatedConfig
 from kvrelay.errors import InvalidRequestError
 from kvrelay.grpc_options import server_options
-from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+from kvrelay.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.support.simulated_cluster import SimulatedCluster, simulated_cluster, simulated_coordinator
 
+Resume = inference_pb2.Resume
 PROMPT = list(range(1000, 1100))
 NUM_TOKENS = 24
 SLOW = SimulatedConfig(time_scale=0.5)
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 7},
+    {"temperature": 1.0, "seed": 7, "n": 3},
     {"temperature": 0.0, "min_tokens": 20},
     {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1},
     {"temperature": 0.0, "stop": ["no such words in here"]},
@@ -99,19 +102,32 @@ async def test_a_stream_goes_on_with_the_next(front_end: FrontEnd, num_tokens: i
             await found.lose()
             engine = await found.start()
         got = collector.result()
-        assert got.token_ids == wanted.token_ids
-        assert got.text == wanted.text
-        assert got.finish_reason == wanted.finish_reason
+        assert got.completions == wanted.completions
         assert got.usage == wanted.usage
-        assert got.completions[0].logprobs == wanted.completions[0].logprobs
-        assert got.completions[0].prompt_logprobs == wanted.completions[0].prompt_logprobs
         assert engine.num_requests == 0
 
 
-async def test_several_completions_go_on_only_before_they_have_begun(front_end: FrontEnd) -> None:
+async def test_a_completion_that_has_ended_does_not_come_again(front_end: FrontEnd) -> None:
     async with coordinators(front_end) as found, AsyncClient(found.address) as client:
-        chunks = client.stream(PROMPT, max_tokens=NUM_TOKENS, n=2, seed=1, temperature=1.0)
-        await _fails_with_its_coordinator(chunks, found)
+        options: GenerateOptions = {"n": 2, "seed": 1, "temperature": 1.0, "max_tokens": NUM_TOKENS}
+        wanted = await client.generate(PROMPT, **options)
+        collector = Collector()
+        stream = client.stream(PROMPT, **options)
+        await stream.aclose()
+        first = wanted.completions[0]
+        stream._resumption.took(
+            inference_pb2.GenerateResponse(
+                token_ids=first.token_ids, text=first.text, finish_reason=common_pb2.FINISH_REASON_LENGTH
+            )
+        )
+        stream._closed = False
+        stream._start()
+        async for chunk in stream:
+            assert chunk.index == 1
+            collector.add(chunk)
+        got = collector.result()
+        assert got.completions == wanted.completions[1:]
+        assert got.usage == wanted.usage
 
 
 async def test_the_blocking_client_goes_on_as_well(front_end: FrontEnd) -> None:
@@ -146,21 +162,23 @@ async def _fails_with_its_coordinator(chunks: AsyncStream, found: Coordinators) 
 
 
 @pytest.mark.parametrize(
-    ("had", "sampling", "message"),
+    ("resume", "sampling", "message"),
     [
-        ([5, 6], {"n": 2}, "for one completion"),
-        ([5] * 8, {"max_tokens": 8}, "nothing would be left"),
-        ([10**6], {}, "token id 1000000"),
-        ([5] * 8000, {"max_tokens": 9000}, "tokens"),
+        (Resume(index=2, token_ids=[5]), {"n": 2}, "index 2, and n is 2"),
+        (Resume(token_ids=[5] * 8), {"max_tokens": 8}, "nothing would be left"),
+        (Resume(token_ids=[10**6]), {}, "token id 1000000"),
+        (Resume(token_ids=[5] * 8000), {"max_tokens": 9000}, "tokens"),
+        (Resume(token_ids=[5], is_finished=True), {}, "all completions have ended"),
+        (Resume(is_finished=True), {"n": 2}, "without a token"),
     ],
 )
 async def test_what_cannot_go_on_is_refused(
-    front_end: FrontEnd, had: list[int], sampling: dict[str, Any], message: str
+    front_end: FrontEnd, resume: Resume, sampling: dict[str, Any], message: str
 ) -> None:
     async with coordinators(front_end) as found, AsyncClient(found.address) as client:
         stream = client.stream(PROMPT, **({"max_tokens": 20} | sampling))
         await stream.aclose()
-        stream._resumption.request.resume.CopyFrom(inference_pb2.Resume(token_ids=had))
+        stream._resumption.request.resume.append(resume)
         stream._closed = False
         stream._start()
         with pytest.raises(InvalidRequestError, match=message):

@@ -65,14 +65,14 @@ def test_an_error_before_the_first_token_is_clear_when_it_allows_another_attempt
 def test_an_error_after_the_first_token_is_a_loss() -> None:
     begun = [EXPECTED[:3]]
     assert verdict_of(EXPECTED, begun, WorkerLostError("lost; try again")) is Verdict.LOST
-    assert verdict_of(EXPECTED, begun, NoWorkersError("x"), lost_connection=True) is Verdict.COORDINATOR_GONE
+    assert verdict_of(EXPECTED, begun, NoWorkersError("x")) is Verdict.LOST
     assert verdict_of(EXPECTED, begun, WorkerLostError("x"), keeps_state=True) is Verdict.STATE_LOST
     assert verdict_of(EXPECTED, begun, GenerationFailedError("x"), keeps_state=True) is Verdict.LOST
 
 
 def test_wrong_tokens_are_wrong_although_the_request_failed_or_was_cancelled() -> None:
     wrong = [[EXPECTED[0], 7]]
-    assert verdict_of(EXPECTED, wrong, WorkerLostError("x"), lost_connection=True) is Verdict.WRONG
+    assert verdict_of(EXPECTED, wrong, WorkerLostError("x")) is Verdict.WRONG
     assert verdict_of(EXPECTED, wrong, None, cancelled=True) is Verdict.WRONG
     assert verdict_of(EXPECTED, [EXPECTED[:2]], None, cancelled=True) is Verdict.CANCELLED
 

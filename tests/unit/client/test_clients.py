@@ -131,9 +131,10 @@ def test_nobody_listening_is_said_with_the_address() -> None:
 
 
 async def test_a_connection_that_breaks_in_the_middle_is_said_with_the_address(service: ScriptedInference) -> None:
-    service.say("a")
+    service.say("a", "b")
+    del service.responses[1:]
     service.hang = True
-    async with open_link("client", service.address) as link, AsyncClient(link.address) as client:
+    async with open_link("client", service.address) as link, AsyncClient(link.address, reconnect_for_s=0) as client:
         stream = client.stream("x")
         assert (await anext(stream)).text == "a"
         link.reset()

@@ -32,7 +32,7 @@ def test_what_has_come_is_told_to_the_next(clock: Clock) -> None:
     call.took(inference_pb2.GenerateResponse(token_ids=[1, 2], text="ab"))
     call.took(inference_pb2.GenerateResponse(token_ids=[3], text="é\N{GRINNING FACE}"))
     assert call.pause_s(broken()) is not None
-    assert call.request.resume == inference_pb2.Resume(token_ids=[1, 2, 3], num_text_chars=4)
+    assert list(call.request.resume) == [inference_pb2.Resume(token_ids=[1, 2, 3], num_text_chars=4)]
 
 
 def test_pauses_grow_until_the_time_is_over_and_begin_anew_with_each_token(clock: Clock) -> None:
@@ -54,11 +54,17 @@ def test_what_no_coordinator_was_lost_for_fails(clock: Clock, error: KvrelayErro
     assert resumption(clock).pause_s(error) is None
 
 
-def test_several_completions_are_tried_again_before_they_have_begun(clock: Clock) -> None:
+def test_each_completion_goes_on_by_itself_until_all_have_ended(clock: Clock) -> None:
     call = resumption(clock, n=2)
-    assert call.pause_s(broken()) is not None
-    call.took(inference_pb2.GenerateResponse(token_ids=[1], index=1))
-    assert call.pause_s(broken()) is None
+    call.took(inference_pb2.GenerateResponse(token_ids=[1], index=1, finish_reason=common_pb2.FINISH_REASON_STOP))
+    call.took(inference_pb2.GenerateResponse(token_ids=[2]))
+    assert not call.is_complete
+    assert list(call.request.resume) == [
+        inference_pb2.Resume(index=1, token_ids=[1], is_finished=True),
+        inference_pb2.Resume(token_ids=[2]),
+    ]
+    call.took(inference_pb2.GenerateResponse(token_ids=[3], finish_reason=common_pb2.FINISH_REASON_LENGTH))
+    assert call.is_complete
 
 
 def test_the_deadline_is_that_of_the_whole_call(clock: Clock) -> None:
