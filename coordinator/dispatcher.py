@@ -224,7 +224,7 @@ class Dispatcher:
         """
         _log.warning("plan failed", request_id=flow.job_id, prefilling=prefilling, reason=error.message)
         flow.num_failed_plans += 1
-        if flow.num_failed_plans < self._config.max_plans and flow.can_go_on:
+        if flow.num_failed_plans < self._config.max_plans:
             self._give_up(flow, error)
             self._go_on(flow, error)
         elif prefilling and not isinstance(error, WorkerLostError):

@@ -166,15 +166,6 @@ class RequestFlow:
         """Whether one prefill serves all that is left: completions that have begun differ."""
         return len(self.open_ids) == 1 or not any(self._generated[each] for each in self.open_ids)
 
-    @property
-    def can_go_on(self) -> bool:
-        """Whether other workers would continue it as its own would have."""
-        return not any(
-            self._generated[completion.request_id] and keeps_sampler_state(completion.sampling)
-            for completion in self._jobs.values()
-            if completion.request_id in self.open_ids
-        )
-
     def give_up(self, reason: str) -> None:
         """The plan has failed; `restart` follows, or nothing."""
         self.timeline.mark("request.replanned")
@@ -268,6 +259,7 @@ class RequestFlow:
                     trace=context,
                     prefill_request_id="" if job_id == self.job_id else self.job_id,
                     prefix_address=source.address if source else "",
+                    num_generated_tokens=num_generated if keeps_sampler_state(completion.sampling) else 0,
                 )
             )
         return decodes

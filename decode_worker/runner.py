@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvrelay.errors import InvalidRequestError
 from kvrelay.kv_transfer.transfer import Transfer
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.host import WorkerHost
@@ -31,6 +32,12 @@ class DecodeRole:
         work = Work.of(request, "decode")
         try:
             host.validate(request.prompt_token_ids, request.sampling)
+            if request.num_generated_tokens >= len(request.prompt_token_ids):
+                num_tokens, num_all = request.num_generated_tokens, len(request.prompt_token_ids)
+                raise InvalidRequestError(
+                    f"num_generated_tokens is {num_tokens}, of a prompt of {num_all}; some of it comes before",
+                    field="num_generated_tokens",
+                )
             transfer = await self._wait_for_blocks(transfer_id, request)
             work.mark("kv_ready")
             hasher, stored = await host.look_up(request.cache_salt, request.prompt_token_ids, source_of(request))

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvrelay.kv_transfer.connector_plan import ConnectorPlan, Copies
 from kvrelay.kv_transfer.copy_reports import CopyReports, CudaCopyReports
 from kvrelay.kv_transfer.engine_pipes import CLOSED, LOADED, SAVED, GrantReader, RankReport, ReportWriter
+from kvrelay.kv_transfer.generated_before import GrammarReplay
 from kvrelay.kv_transfer.layer_groups import LayerGroups
 from kvrelay.kv_transfer.rank_copier import RankCopier
 from kvrelay.kv_transfer.segment import Segment
@@ -54,6 +55,7 @@ class KvRelayConnector(KVConnectorBase_V1):
                 save_generated=vllm_config.speculative_config is None,
             )
             self._grants = GrantReader(extra["grant_path"])
+            self._grammars = GrammarReplay()
         else:
             self._segment = Segment.open(extra["segment_path"])
             self._writer = ReportWriter(extra["report_path"])
@@ -79,8 +81,10 @@ class KvRelayConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Request) -> None:
         if request.kv_transfer_params is not None:
             self._plan.add(request.request_id, request.kv_transfer_params)
+            self._grammars.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self._grammars.replay(request)
         return self._plan.matched_tokens(request.request_id, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -104,6 +108,7 @@ class KvRelayConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._plan.finished(request.request_id)
+        self._grammars.discard(request.request_id)
         return False, None
 
     # The ranks' side.

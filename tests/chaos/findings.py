@@ -109,7 +109,6 @@ def _judge(answer: Answer, faults: Sequence[Injection]) -> Judged:
         answer.tokens,
         TimeoutError("never ended") if answer.abandoned else answer.error,
         cancelled=answer.cancelled,
-        keeps_state=answer.plan.keeps_state,
     )
     return Judged(answer, verdict, faults)
 

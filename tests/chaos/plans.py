@@ -37,11 +37,6 @@ class RequestPlan:
     def request_id(self) -> str:
         return f"chaos-{self.index}"
 
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a sampler has drawn from a generator that another one would not go on with."""
-        return self.seed is not None and self.temperature > 0
-
     def expected(self) -> list[int]:
         """The tokens of each completion."""
         return expected_tokens(self.prompt, self.num_tokens, SimulatedConfig(), self.seed)

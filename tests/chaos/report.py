@@ -13,7 +13,6 @@ from tests.chaos.findings import Findings, percentile, rows
 from tests.chaos.verdict import Verdict
 
 _MAX_LINES = 20
-_SHORT = {Verdict.STATE_LOST.value: "state lost"}
 
 
 def to_json(findings: Findings) -> dict[str, Any]:
@@ -65,9 +64,7 @@ def _table(findings: Findings) -> Table:
     for number, row in enumerate(rows(findings)):
         if not number:
             for name in row:
-                table.add_column(
-                    _SHORT.get(name, name.replace("_", " ")), justify="left" if name == "fault" else "right"
-                )
+                table.add_column(name.replace("_", " "), justify="left" if name == "fault" else "right")
         table.add_row(*map(_cell, row.values()))
     return table
 

@@ -9,9 +9,6 @@ import httpx
 
 from kvrelay.client import NoWorkersError, OverloadedError, WorkerLostError
 
-SAMPLER_STATE_LOST_IS_TOLERATED = True
-"""A worker that takes over does not continue a sampler that knows more than the tokens (ADR 20)."""
-
 _RETRYABLE = (OverloadedError, NoWorkersError, WorkerLostError)
 _RETRYABLE_HTTP = (429, 503)
 
@@ -25,8 +22,6 @@ class Verdict(enum.Enum):
     """Before its first token, an error after which the same request may be sent again."""
     CANCELLED = "cancelled"
     """By its client, which had the right tokens until then."""
-    STATE_LOST = "sampler_state_lost"
-    """Lost in the middle together with a worker that held a seeded generator."""
     LOST = "lost"
     """Tokens are missing, or an error came that does not allow to try again."""
     DOUBLED = "doubled"
@@ -76,12 +71,8 @@ def verdict_of(
     error: Exception | None,
     *,
     cancelled: bool = False,
-    keeps_state: bool = False,
 ) -> Verdict:
-    """Of a whole request whose completions all have to be `expected`.
-
-    `keeps_state`: its sampler knows more than its tokens.
-    """
+    """Of a whole request whose completions all have to be `expected`."""
     if error is None and not cancelled:
         return worst([verdict_of_tokens(expected, tokens) for tokens in got])
     shown = worst([verdict_of_tokens(expected[: len(tokens)], tokens) for tokens in got])
@@ -91,8 +82,6 @@ def verdict_of(
         return Verdict.CANCELLED
     if not any(got):
         return Verdict.CLEAR_ERROR if error is not None and is_clear(error) else Verdict.LOST
-    if keeps_state and isinstance(error, WorkerLostError) and SAMPLER_STATE_LOST_IS_TOLERATED:
-        return Verdict.STATE_LOST
     return Verdict.LOST
 
 

@@ -57,6 +57,9 @@ class EngineRequest:
     kv: KvPlan
     cache_salt: str = ""
     priority: int = 0
+    num_generated_tokens: int = 0
+    """So many tokens at the prompt's end another engine has generated for this request: the sampler goes on as that one
+    would have."""
 
 
 class KvReportKind(enum.IntEnum):

@@ -42,6 +42,7 @@ from kvrelay.engine.processes import EngineProcesses
 from kvrelay.engine.reports import RankQuorum
 from kvrelay.kv_transfer import vllm_connector
 from kvrelay.kv_transfer.engine_pipes import Pipe, ReportReader, write_grants
+from kvrelay.kv_transfer.generated_before import NUM_GENERATED_TOKENS
 from kvrelay.kv_transfer.rank_copier import RankLayout
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
@@ -64,7 +65,8 @@ _FINISH_REASONS = {
 _OTHER_PARALLELISM = ("pipeline", "prefill_context", "decode_context")
 
 _CPU_LAYER_GROUPS = 6
-_CPU_WORKER = "kvrelay.engine.vllm_cpu_worker.SeededCPUWorker"
+_CPU_WORKER = "kvrelay.engine.vllm_cpu_worker.ContinuingCPUWorker"
+_GPU_WORKER = "kvrelay.engine.vllm_gpu_worker.ContinuingGPUWorker"
 """Imported by the engine core only."""
 _SHUTDOWN_S = 4.0
 """The engine core gets this long before it is killed; alone it needs 2.5 s to leave Python, several ranks need more."""
@@ -141,6 +143,8 @@ class VllmEngine(Engine):
     async def submit(self, request: EngineRequest) -> None:
         params = sampling.to_vllm(request.sampling)
         params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": asdict(request.kv)}
+        if request.num_generated_tokens:
+            params.extra_args[NUM_GENERATED_TOKENS] = request.num_generated_tokens
         await self._core.add_request_async(
             EngineCoreRequest(
                 request_id=request.request_id,
@@ -204,8 +208,10 @@ def parse_engine_args(config: VllmEngineConfig) -> AsyncEngineArgs:
         reason = "see above" if isinstance(error, SystemExit) else error
         raise EngineOptionError(f"vLLM does not take the options {' '.join(config.options)}: {reason}") from error
     engine_args = AsyncEngineArgs.from_cli_args(args)
-    if current_platform.is_cpu() and engine_args.worker_cls == "auto":
+    if engine_args.worker_cls == "auto" and current_platform.is_cpu():
         engine_args.worker_cls = _CPU_WORKER
+    elif engine_args.worker_cls == "auto" and current_platform.is_cuda_alike():
+        engine_args.worker_cls = _GPU_WORKER
     if current_platform.is_cpu() and engine_args.tensor_parallel_size == 1:
         # A process for the only rank polls for a second after every step, on a core that others use as well.
         engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or UniProcExecutor

@@ -1,4 +1,4 @@
-"""vLLM's worker for CPUs, able to serve seeded requests whose prompts take several engine steps."""
+"""vLLM's worker for CPUs, able to go on for others, and to serve seeded prompts that take several engine steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from kvrelay.engine.continuing_worker import ContinuingWorker
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 
-class SeededCPUWorker(CPUWorker):
+class ContinuingCPUWorker(ContinuingWorker, CPUWorker):
     """vLLM draws a token after every chunk of a prompt, drops all but the last, and turns the request's generator back
     each time (vllm/v1/worker/gpu_model_runner.py, `_bookkeeping_sync`). Generators on a CPU cannot be turned back: that
     ends the engine. So what will be dropped is drawn without the request's generator.

@@ -200,6 +200,7 @@ class Decode(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     PREFILL_REQUEST_ID_FIELD_NUMBER: _builtins.int
     PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     cache_salt: _builtins.str
     priority: _builtins.int
@@ -213,6 +214,10 @@ class Decode(_message.Message):
     """
     prefix_address: _builtins.str
     """Like Prefill's."""
+    num_generated_tokens: _builtins.int
+    """So many tokens at the end of prompt_token_ids were generated for this request before, and the sampler keeps account
+    of them: penalties, bad words, a grammar, a seed. 0 where it need not know.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the prefill worker's first token where that one counts."""
@@ -233,10 +238,11 @@ class Decode(_message.Message):
         trace: _common_pb2.TraceContext | None = ...,
         prefill_request_id: _builtins.str = ...,
         prefix_address: _builtins.str = ...,
+        num_generated_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "prefill_request_id", b"prefill_request_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "num_generated_tokens", b"num_generated_tokens", "prefill_request_id", b"prefill_request_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -176,6 +176,7 @@ class WorkerHost:
             kv=plan,
             cache_salt=work.cache_salt,
             priority=work.priority,
+            num_generated_tokens=work.num_generated_tokens,
         )
         try:
             await self._calls.submit(request, lambda: self._drop(submission))

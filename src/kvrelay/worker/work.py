@@ -21,6 +21,8 @@ class Work:
     cache_salt: str
     priority: int
     trace: common_pb2.TraceContext
+    num_generated_tokens: int = 0
+    """At the prompt's end, of which the sampler keeps account."""
     timeline: common_pb2.Timeline = field(default_factory=common_pb2.Timeline)
 
     @classmethod
@@ -34,6 +36,7 @@ class Work:
             cache_salt=request.cache_salt,
             priority=request.priority,
             trace=request.trace,
+            num_generated_tokens=request.num_generated_tokens if isinstance(request, worker_pb2.Decode) else 0,
         )
         work.mark("received")
         return work

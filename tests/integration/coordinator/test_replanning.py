@@ -11,7 +11,6 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from kvrelay.coordinator.front_end import FrontEnd
-from kvrelay.coordinator.vllm_errors import ClusterRequestError
 from kvrelay.engine.simulated_model import SimulatedConfig
 from tests.support.fake_cluster import Generated, until
 from tests.support.simulated_cluster import DECODE, PREFILL, SimulatedCluster, simulated_cluster
@@ -27,15 +26,11 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"prompt_logprobs": 1},
     {"min_tokens": 16},
-]
-STATEFUL: list[dict[str, Any]] = [
     {"presence_penalty": 0.5},
-    {"frequency_penalty": 0.5},
     {"temperature": 1.0, "seed": 7},
     {"temperature": 1.0, "seed": 7, "n": 3},
     {"bad_words": ["lamp"]},
 ]
-"""The sampler knows more than the tokens."""
 
 
 def prompt_of(length: int) -> list[int]:
@@ -103,24 +98,6 @@ async def test_a_lost_decode_worker_costs_no_token(
         assert cluster.engine.metrics.num_replanned == 1
         await cluster.wait_idle()
         assert cluster.engine.num_requests == 0
-
-
-@pytest.mark.parametrize("sampling", STATEFUL, ids=str)
-async def test_what_another_sampler_would_continue_otherwise_fails_once_it_has_begun(
-    front_end: FrontEnd, sampling: dict[str, Any]
-) -> None:
-    wanted = await expected(front_end, 100, **sampling)
-    async with simulated_cluster(front_end, ROLES, config=SLOW) as cluster:
-        answer = Answer(cluster, 100, **sampling)
-        await until(lambda: cluster.engine.decision("r"))
-        await answer.worker("decode").lose()
-        await until(lambda: answer.num_tokens)
-        got = {index: list(tokens) for index, tokens in answer.got.token_ids.items()}
-        assert all(tokens == wanted.token_ids[index][: len(tokens)] for index, tokens in got.items())
-        await answer.worker("decode").lose()
-        with pytest.raises(ClusterRequestError, match="was lost"):
-            await answer.end()
-        await cluster.wait_idle()
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)

@@ -66,8 +66,7 @@ def test_an_error_after_the_first_token_is_a_loss() -> None:
     begun = [EXPECTED[:3]]
     assert verdict_of(EXPECTED, begun, WorkerLostError("lost; try again")) is Verdict.LOST
     assert verdict_of(EXPECTED, begun, NoWorkersError("x")) is Verdict.LOST
-    assert verdict_of(EXPECTED, begun, WorkerLostError("x"), keeps_state=True) is Verdict.STATE_LOST
-    assert verdict_of(EXPECTED, begun, GenerationFailedError("x"), keeps_state=True) is Verdict.LOST
+    assert verdict_of(EXPECTED, begun, GenerationFailedError("x")) is Verdict.LOST
 
 
 def test_wrong_tokens_are_wrong_although_the_request_failed_or_was_cancelled() -> None:

@@ -1,0 +1,27 @@
+"""What do vLLM's workers get so that their samplers can go on for others?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from kvrelay.engine.continuations import Continuations
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class ContinuingWorker(Worker):  # type: ignore[misc]
+    """vLLM's worker for GPUs, or with another one behind it in the order of resolution, that one."""
+
+    _continuations: Continuations
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self._continuations = Continuations(self.model_runner)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        output = super().execute_model(scheduler_output)
+        self._continuations.follow(scheduler_output)
+        return output
