@@ -11,6 +11,7 @@ from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.http_serving import ServingOptions
 from kvrelay.coordinator.request_limits import RequestLimits
 from kvrelay.coordinator.scheduler.cost_config import CostConfig
+from kvrelay.heartbeat import HeartbeatConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class CoordinatorConfig:
     """Templates and parsers of the OpenAI API."""
     max_queued_messages: int = 4096
     """Messages that may wait for one worker's stream."""
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    """On the streams to workers."""
     otlp_endpoint: str | None = None
     log_format: str = "console"
     log_level: str = "info"

@@ -84,7 +84,7 @@ async def serve(config: CoordinatorConfig) -> None:
 @contextlib.asynccontextmanager
 async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[cluster_pb2.CoordinatorInfo]:
     """A registered coordinator; yields its record once its ports are open."""
-    pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages)
+    pool = WorkerPool(config.coordinator_id, max_queued_messages=config.max_queued_messages, heartbeat=config.heartbeat)
     chores = Chores(config.cluster, config.coordinator_id, etcd_history_s=config.etcd_history_s)
     replica = PrefixReplica(PrefixIndex())
     stopping = _Stopping(config.drain_s)

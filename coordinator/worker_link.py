@@ -12,8 +12,9 @@ import grpc.aio
 import structlog
 
 from kvrelay.cancellation import raise_if_cancelled
-from kvrelay.errors import OverloadedError, WorkerLostError
+from kvrelay.errors import OverloadedError, WorkerLostError, first_leaf
 from kvrelay.grpc_options import open_channel
+from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig, Silence, SilentError, until_silent
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
 
 _Stream: TypeAlias = "grpc.aio.StreamStreamCall[worker_pb2.CoordinatorMessage, worker_pb2.WorkerMessage]"
@@ -41,20 +42,26 @@ class LinkEvents(Protocol):
     def on_status(self, link: WorkerLink, status: worker_pb2.WorkerStatus) -> None: ...
 
     def on_lost(self, link: WorkerLink, reason: str) -> None:
-        """The stream broke: the worker has cancelled all that came over it."""
+        """The stream broke, or the worker says nothing: it cancels all that came over it, at once or once it can."""
 
 
 class WorkerLink:
     """`run()` keeps one Session stream open until it is cancelled; `send()` never waits."""
 
     def __init__(
-        self, worker: cluster_pb2.WorkerInfo, coordinator_id: str, events: LinkEvents, max_queued_messages: int
+        self,
+        worker: cluster_pb2.WorkerInfo,
+        coordinator_id: str,
+        events: LinkEvents,
+        max_queued_messages: int,
+        heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT,
     ) -> None:
         self.worker = worker
         self.connected = False
         self._coordinator_id = coordinator_id
         self._events = events
         self._max_queued_messages = max_queued_messages
+        self._heartbeat = heartbeat
         self._outbox: deque[worker_pb2.CoordinatorMessage] = deque()
         self._outbox_filled = asyncio.Event()
 
@@ -98,29 +105,39 @@ class WorkerLink:
             async with open_channel(self.worker.address) as channel:
                 await self._converse(worker_pb2_grpc.WorkerStub(channel))
         except* grpc.aio.AioRpcError as group:
-            reason = _describe(group.exceptions[0])
+            reason = _describe(first_leaf(group))
         except* TimeoutError:
             reason = f"no hello within {HELLO_TIMEOUT_S:g} s"
-        except* WrongWorkerError as group:
-            reason = str(group.exceptions[0])
+        except* (WrongWorkerError, SilentError) as group:
+            reason = str(first_leaf(group))
         return reason
 
     async def _converse(self, stub: worker_pb2_grpc.WorkerStub) -> None:
         stream = cast("_Stream", cast("Any", stub).Session())
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                await self._shake_hands(stream)
+                hello = await self._shake_hands(stream)
             self.connected = True
             self._events.on_connected(self)
+            silence = self._heartbeat.silence_of(hello.heartbeat_ms)
             async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write(stream), name=f"write to {self.worker.worker_id}")
-                await self._read(stream)
-                writer.cancel()
+                loops = [
+                    tasks.create_task(self._write(stream), name=f"write to {self.worker.worker_id}"),
+                    tasks.create_task(self._beat(), name=f"heartbeats to {self.worker.worker_id}"),
+                ]
+                if silence is not None:
+                    who = f"worker {self.worker.worker_id}"
+                    loops.append(tasks.create_task(until_silent(silence, who), name=f"silence of {who}"))
+                await self._read(stream, silence)
+                for loop in loops:
+                    loop.cancel()
         finally:
             stream.cancel()
 
-    async def _shake_hands(self, stream: _Stream) -> None:
-        hello = worker_pb2.CoordinatorHello(coordinator_id=self._coordinator_id)
+    async def _shake_hands(self, stream: _Stream) -> worker_pb2.WorkerHello:
+        hello = worker_pb2.CoordinatorHello(
+            coordinator_id=self._coordinator_id, heartbeat_ms=self._heartbeat.interval_ms
+        )
         await stream.write(worker_pb2.CoordinatorMessage(hello=hello))
         message = await stream.read()
         if not isinstance(message, worker_pb2.WorkerMessage) or message.WhichOneof("message") != "hello":
@@ -129,6 +146,16 @@ class WorkerLink:
             raise WrongWorkerError(
                 f"{self.worker.address} is worker {message.hello.worker.worker_id}, not {self.worker.worker_id}"
             )
+        return message.hello
+
+    async def _beat(self) -> None:
+        """Whatever waits to be sent is as good as a heartbeat."""
+        beat = worker_pb2.CoordinatorMessage(heartbeat=worker_pb2.Heartbeat())
+        while True:
+            if not self._outbox:
+                self._outbox.append(beat)
+                self._outbox_filled.set()
+            await asyncio.sleep(self._heartbeat.interval_s)
 
     async def _write(self, stream: _Stream) -> None:
         """Send what is queued, in order; an ended stream is the reader's to report."""
@@ -141,8 +168,10 @@ class WorkerLink:
         except asyncio.InvalidStateError:
             _log.debug("stream ended while writing", worker_id=self.worker.worker_id)
 
-    async def _read(self, stream: _Stream) -> None:
+    async def _read(self, stream: _Stream, silence: Silence | None) -> None:
         while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
+            if silence is not None:
+                silence.heard(message.heartbeat.next_message_bytes)
             match message.WhichOneof("message"):
                 case "step":
                     self._events.on_step(self, message.step)
@@ -150,6 +179,8 @@ class WorkerLink:
                     self._events.on_request_failed(self, message.failed)
                 case "status":
                     self._events.on_status(self, message.status)
+                case "heartbeat":
+                    pass
                 case kind:
                     _log.warning("unexpected message", worker_id=self.worker.worker_id, kind=kind)
 

@@ -18,6 +18,7 @@ from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.coordinator.worker_pace import WorkerPace
 from kvrelay.coordinator.worker_view import take_speeds, view_of
 from kvrelay.errors import WorkerLostError
+from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
 _log = structlog.get_logger(__name__)
@@ -52,11 +53,17 @@ class WorkerPool:
     """
 
     def __init__(
-        self, coordinator_id: str, *, max_queued_messages: int = 4096, breaker: BreakerConfig | None = None
+        self,
+        coordinator_id: str,
+        *,
+        max_queued_messages: int = 4096,
+        breaker: BreakerConfig | None = None,
+        heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT,
     ) -> None:
         self._coordinator_id = coordinator_id
         self._breaker_config = breaker
         self._max_queued_messages = max_queued_messages
+        self._heartbeat = heartbeat
         self._members: dict[str, PoolMember] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._listener: PoolListener | None = None
@@ -88,7 +95,7 @@ class WorkerPool:
             self._cut(member)
         if worker.state == cluster_pb2.WORKER_STATE_DRAINING:
             return
-        link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages)
+        link = WorkerLink(worker, self._coordinator_id, self, self._max_queued_messages, self._heartbeat)
         task = self._tasks.create_task(link.run(), name=f"link to {worker.worker_id}")
         self._members[worker.worker_id] = PoolMember(link, task, view_of(worker), Breaker(self._breaker_config))
         _log.info("worker joined", worker_id=worker.worker_id, address=worker.address)

@@ -18,7 +18,10 @@ BLOCK_TOKENS = 4
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
-    """`received` holds every message but hello; `respond` is called with each, in the server's task."""
+    """`received` holds every message but hello and heartbeats; `respond` is called with each, in the server's task.
+
+    With `heartbeat_ms` it promises that it says something so often, and leaves that to the test.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         model: str = MODEL,
         max_model_len_tokens: int = 512,
         fingerprint: bytes = b"layout",
+        heartbeat_ms: int = 0,
     ) -> None:
+        self.heartbeat_ms = heartbeat_ms
+        self.num_heartbeats = 0
         self.respond = respond
         self.num_sessions = 0
         self.num_ended = 0
@@ -65,7 +71,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.num_sessions += 1
         hello = await anext(aiter(requests))
         assert hello.WhichOneof("message") == "hello"
-        yield worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self.info))
+        own_hello = worker_pb2.WorkerHello(worker=self.info, heartbeat_ms=self.heartbeat_ms)
+        yield worker_pb2.WorkerMessage(hello=own_hello)
         reader = asyncio.create_task(self._read(requests))
         try:
             while (message := await self._outbox.get()) is not None:
@@ -76,6 +83,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def _read(self, requests: AsyncIterator[worker_pb2.CoordinatorMessage]) -> None:
         async for message in requests:
+            if message.WhichOneof("message") == "heartbeat":
+                self.num_heartbeats += 1
+                continue
             async with self._changed:
                 self.received.append(message)
                 self._changed.notify_all()
@@ -97,6 +107,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     def send_status(self, **values: Any) -> None:
         status = worker_pb2.WorkerStatus(worker_id=self.info.worker_id, **values)
         self._outbox.put_nowait(worker_pb2.WorkerMessage(status=status))
+
+    def send_heartbeat(self, next_message_bytes: int = 0) -> None:
+        beat = worker_pb2.Heartbeat(next_message_bytes=next_message_bytes)
+        self._outbox.put_nowait(worker_pb2.WorkerMessage(heartbeat=beat))
 
     def kinds(self) -> list[str | None]:
         return [message.WhichOneof("message") for message in self.received]

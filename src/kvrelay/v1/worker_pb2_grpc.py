@@ -63,7 +63,7 @@ class WorkerServicer(object):
 
     def Session(self, request_iterator, context):
         """One stream per coordinator carries all its requests. When it breaks, the worker cancels what
-        came over it. The first message each way is hello.
+        came over it. The first message each way is hello. Who hears nothing for too long takes the stream for broken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_worker_pb2.CoordinatorMessage, _worker_pb2.WorkerMessage]
     """One stream per coordinator carries all its requests. When it breaks, the worker cancels what
-    came over it. The first message each way is hello.
+    came over it. The first message each way is hello. Who hears nothing for too long takes the stream for broken.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]
     """Gauges of this moment."""
@@ -53,7 +53,7 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_worker_pb2.CoordinatorMessage, _worker_pb2.WorkerMessage]  # type: ignore[assignment]
     """One stream per coordinator carries all its requests. When it breaks, the worker cancels what
-    came over it. The first message each way is hello.
+    came over it. The first message each way is hello. Who hears nothing for too long takes the stream for broken.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]  # type: ignore[assignment]
     """Gauges of this moment."""
@@ -74,7 +74,7 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WorkerMessage], _abc.AsyncIterator[_worker_pb2.WorkerMessage]]:
         """One stream per coordinator carries all its requests. When it breaks, the worker cancels what
-        came over it. The first message each way is hello.
+        came over it. The first message each way is hello. Who hears nothing for too long takes the stream for broken.
         """
 
     @_abc_1.abstractmethod

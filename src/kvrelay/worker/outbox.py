@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
+from kvrelay.heartbeat import LARGE_MESSAGE_BYTES
 from kvrelay.v1 import worker_pb2
 
 MAX_STEP_BYTES = 4 << 20
@@ -24,6 +25,8 @@ class Outbox:
 
     Whatever is there when the stream takes more goes out together: the tokens of an engine step travel in one message,
     and a slow coordinator gets larger ones, not more of them.
+
+    Large messages are announced: until one has come the coordinator hears nothing else.
 
     Adding never waits and never fails: `run` does, when `max_waiting_bytes` wait and more is added.
     """
@@ -72,6 +75,8 @@ class Outbox:
             deltas, self._deltas = self._deltas, []
             others, self._others = self._others, []
             for part, num_bytes in self._parts(deltas):
+                if num_bytes > LARGE_MESSAGE_BYTES:
+                    await write(worker_pb2.WorkerMessage(heartbeat=worker_pb2.Heartbeat(next_message_bytes=num_bytes)))
                 await write(worker_pb2.WorkerMessage(step=worker_pb2.StepOutputs(deltas=part)))
                 self.num_bytes -= num_bytes
             for message in others:

@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from kvrelay.errors import InvalidRequestError, first_leaf, status_of
+from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig, SilentError
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 from kvrelay.worker.outbox import OutboxFullError
 from kvrelay.worker.record import WorkerRecord
@@ -17,6 +18,11 @@ from kvrelay.worker.role import DecodeRunner, PrefillRunner
 from kvrelay.worker.session import Session
 
 _log = structlog.get_logger(__name__)
+_STATUSES: dict[type[BaseException], grpc.StatusCode] = {
+    OutboxFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SilentError: grpc.StatusCode.ABORTED,
+}
+"""Why a session ends that nobody has ended."""
 
 MAX_DRAIN_S = 86_400.0
 
@@ -31,9 +37,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         prefill: PrefillRunner,
         decode: DecodeRunner,
         on_drain: Callable[[float | None], None] = lambda _: None,
+        heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT,
     ) -> None:
         """`on_drain` has the process leave, within so many seconds or its own setting; it must not block."""
         self._on_drain = on_drain
+        self._heartbeat = heartbeat
         self._record = record
         self._status = status
         self._prefill = prefill
@@ -56,15 +64,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if hello is None or hello.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is hello")
         with self._session(hello.hello.coordinator_id):
-            await context.write(worker_pb2.WorkerMessage(hello=worker_pb2.WorkerHello(worker=self._record.info)))
-            unread = None
+            own_hello = worker_pb2.WorkerHello(worker=self._record.info, heartbeat_ms=self._heartbeat.interval_ms)
+            await context.write(worker_pb2.WorkerMessage(hello=own_hello))
+            silence = self._heartbeat.silence_of(hello.hello.heartbeat_ms)
+            session = Session(self._prefill, self._decode, self._status, heartbeat=self._heartbeat, silence=silence)
+            broken: BaseException | None = None
             try:
-                await Session(self._prefill, self._decode, self._status).run(request_iterator, context.write)
-            except* OutboxFullError as group:
-                unread = str(first_leaf(group))
-            if unread is not None:
-                _log.error("session ended", coordinator_id=hello.hello.coordinator_id, reason=unread)
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, unread)
+                await session.run(request_iterator, context.write)
+            except* (OutboxFullError, SilentError) as group:
+                broken = first_leaf(group)
+            if broken is not None:
+                _log.error("session ended", coordinator_id=hello.hello.coordinator_id, reason=str(broken))
+                await context.abort(_STATUSES[type(broken)], str(broken))
 
     @contextlib.contextmanager
     def _session(self, coordinator_id: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ import structlog
 
 from kvrelay.errors import InvalidRequestError, KvrelayError
 from kvrelay.grpc_options import MAX_MESSAGE_BYTES
+from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig, Silence, until_silent
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.outbox import Outbox, Write
 from kvrelay.worker.role import DecodeRunner, PrefillRunner
@@ -24,7 +25,8 @@ _Work = Callable[[], Awaitable[None]]
 
 
 class Session:
-    """The requests of one coordinator. They end with the stream that brought them, or that it does not read."""
+    """The requests of one coordinator. They end with the stream that brought them, or that it does not read, or that
+    brings nothing any more."""
 
     def __init__(
         self,
@@ -33,12 +35,18 @@ class Session:
         status: Callable[[], worker_pb2.WorkerStatus],
         *,
         outbox: Outbox | None = None,
+        heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT,
+        silence: Silence | None = None,
     ) -> None:
+        """`silence`: of the coordinator; None when it may say nothing for as long as it likes."""
         self._prefill = prefill
         self._decode = decode
         self._status = status
         self._jobs: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._outbox = outbox or Outbox()
+        self._heartbeat_s = heartbeat.interval_s
+        self._interval_s = min(_STATUS_INTERVAL_S, heartbeat.interval_s)
+        self._silence = silence
 
     async def run(
         self,
@@ -47,25 +55,36 @@ class Session:
     ) -> None:
         """Serve until the coordinator closes the stream or the caller is cancelled; no job outlives this.
 
-        Raises a group with what `write` raises, or with `OutboxFullError`.
+        Raises a group with what `write` raises, or with `OutboxFullError` or `SilentError`.
         """
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(self._outbox.run(write)), tasks.create_task(self._report_status())]
+            if self._silence is not None:
+                loops.append(tasks.create_task(until_silent(self._silence, "the coordinator")))
             try:
                 async for message in messages:
+                    if self._silence is not None:
+                        self._silence.heard(message.heartbeat.next_message_bytes)
                     self._handle(message, tasks)
             finally:
                 for task in [*loops, *self._jobs.values()]:
                     task.cancel()
 
     async def _report_status(self) -> None:
+        """Send the gauges when they have changed, and a heartbeat when nothing has waited to be sent for a while."""
         last = None
+        quiet_s = 0.0
         while True:
             status = self._status()
+            quiet_s = 0.0 if self._outbox.num_bytes else quiet_s + self._interval_s
             if status != last:
                 self._outbox.post(worker_pb2.WorkerMessage(status=status))
                 last = status
-            await asyncio.sleep(_STATUS_INTERVAL_S)
+                quiet_s = 0.0
+            elif quiet_s >= self._heartbeat_s:
+                self._outbox.post(worker_pb2.WorkerMessage(heartbeat=worker_pb2.Heartbeat()))
+                quiet_s = 0.0
+            await asyncio.sleep(self._interval_s)
 
     def _handle(self, message: worker_pb2.CoordinatorMessage, tasks: asyncio.TaskGroup) -> None:
         match message.WhichOneof("message"):

@@ -12,6 +12,7 @@ from kvrelay.coordinator.breaker import BreakerConfig
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import OverloadedError, WorkerLostError
+from kvrelay.heartbeat import HeartbeatConfig, Silence
 from kvrelay.v1 import cluster_pb2, common_pb2, worker_pb2
 from tests.support.fake_cluster import until
 from tests.support.fake_worker import FakeWorker, delta
@@ -30,6 +31,7 @@ class Listener:
         self.failed: list[tuple[str, str]] = []
         self.lost: list[str] = []
         self.leaving: list[str] = []
+        self.reasons: list[str] = []
         self.changes = 0
 
     def on_step(self, worker_id: str, step: worker_pb2.StepOutputs) -> None:
@@ -40,6 +42,7 @@ class Listener:
 
     def on_worker_lost(self, worker_id: str, reason: str) -> None:
         self.lost.append(worker_id)
+        self.reasons.append(reason)
 
     def on_worker_leaving(self, worker_id: str) -> None:
         self.leaving.append(worker_id)
@@ -56,8 +59,8 @@ async def start_worker() -> AsyncIterator[StartWorker]:
     """Starts fake workers and stops them at the end."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(worker_id: str, role: cluster_pb2.Role.ValueType = DECODE) -> FakeWorker:
-            worker = FakeWorker(worker_id, role)
+        async def start(worker_id: str, role: cluster_pb2.Role.ValueType = DECODE, heartbeat_ms: int = 0) -> FakeWorker:
+            worker = FakeWorker(worker_id, role, heartbeat_ms=heartbeat_ms)
             await worker.start()
             stack.push_async_callback(worker.stop)
             return worker
@@ -289,9 +292,58 @@ async def test_leaving_the_context_ends_every_link(start_worker: StartWorker) ->
         pool.join(worker.info)
         await connected(pool, "d1")
     assert not pool.views()
-    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith(("link", "write to"))]
+    assert not [
+        task
+        for task in asyncio.all_tasks()
+        if task.get_name().startswith(("link", "write to", "heartbeats", "silence"))
+    ]
     with pytest.raises(RuntimeError, match="not running"):
         pool.join(worker.info)
+
+
+async def test_a_worker_that_says_nothing_is_lost_and_connected_again(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1", heartbeat_ms=10)
+    pool, listener = WorkerPool("c", heartbeat=HeartbeatConfig(interval_s=0.02, timeout_s=0.2)), Listener()
+    async with pool.running(listener):
+        pool.join(worker.info)
+        await until(lambda: listener.lost)
+        assert listener.lost == ["d1"]
+        assert listener.reasons == ["worker d1 said nothing for 0.2 s"]
+        await until(lambda: worker.num_ended)
+        await until(lambda: worker.num_sessions > 1)
+
+
+async def test_a_worker_that_promises_no_heartbeats_may_say_nothing(start_worker: StartWorker) -> None:
+    silent, other = await start_worker("d1"), await start_worker("d2", heartbeat_ms=10)
+    pool, listener = WorkerPool("c", heartbeat=HeartbeatConfig(interval_s=0.02, timeout_s=0.1)), Listener()
+    async with pool.running(listener):
+        for worker in (silent, other):
+            pool.join(worker.info)
+        await until(lambda: len(listener.lost) > 2)
+        assert set(listener.lost) == {"d2"}
+
+
+async def test_a_coordinator_says_something_all_the_time(start_worker: StartWorker) -> None:
+    worker = await start_worker("d1")
+    pool = WorkerPool("c", heartbeat=HeartbeatConfig(interval_s=0.01))
+    async with pool.running(Listener()):
+        pool.join(worker.info)
+        await until(lambda: worker.num_heartbeats > 5)
+
+
+async def test_any_message_of_a_worker_is_heard(start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr(Silence, "heard", lambda _, next_message_bytes=0: heard.append(next_message_bytes))
+    worker = await start_worker("d1", heartbeat_ms=500)
+    pool = WorkerPool("c")
+    async with pool.running(Listener()):
+        pool.join(worker.info)
+        await connected(pool, "d1")
+        worker.send_heartbeat(64 << 20)
+        worker.send(delta("r", [1]))
+        worker.send_status()
+        worker.send_failed("r", worker_pb2.RequestFailed.REASON_INTERNAL, "why")
+        await until(lambda: heard == [64 << 20, 0, 0, 0])
 
 
 def test_link_without_a_stream_drops_cancels_and_refuses_the_rest() -> None:

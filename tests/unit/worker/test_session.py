@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from kvrelay.errors import InvalidRequestError, WorkerLostError, first_leaf
+from kvrelay.heartbeat import HeartbeatConfig, Silence, SilentError
 from kvrelay.v1 import worker_pb2
 from kvrelay.worker.outbox import Outbox, OutboxFullError
 from kvrelay.worker.session import Session
@@ -54,16 +56,18 @@ class Stream:
     def __init__(self, role: FakeRole) -> None:
         self.role = role
         self.status = worker_pb2.WorkerStatus()
+        self.num_asked = 0
         self.taken: list[worker_pb2.WorkerMessage] = []
         self.may_write = asyncio.Event()
         self.may_write.set()
         self._inbox: asyncio.Queue[worker_pb2.CoordinatorMessage | None] = asyncio.Queue()
 
-    async def run(self, outbox: Outbox | None = None) -> None:
+    async def run(self, outbox: Outbox | None = None, **values: Any) -> None:
         def status() -> worker_pb2.WorkerStatus:
+            self.num_asked += 1
             return worker_pb2.WorkerStatus.FromString(self.status.SerializeToString())
 
-        await Session(self.role, self.role, status, outbox=outbox).run(self._messages(), self._write)
+        await Session(self.role, self.role, status, outbox=outbox, **values).run(self._messages(), self._write)
 
     async def _messages(self) -> AsyncIterator[worker_pb2.CoordinatorMessage]:
         while (message := await self._inbox.get()) is not None:
@@ -82,6 +86,10 @@ class Stream:
     def cancel(self, request_id: str) -> None:
         self._inbox.put_nowait(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id=request_id)))
 
+    def beat(self, next_message_bytes: int = 0) -> None:
+        beat = worker_pb2.Heartbeat(next_message_bytes=next_message_bytes)
+        self._inbox.put_nowait(worker_pb2.CoordinatorMessage(heartbeat=beat))
+
     def hang_up(self) -> None:
         self._inbox.put_nowait(None)
 
@@ -99,10 +107,10 @@ class Stream:
 
 
 @asynccontextmanager
-async def open_stream() -> AsyncIterator[Stream]:
+async def open_stream(**values: Any) -> AsyncIterator[Stream]:
     """A running session; the stream ends with the block, and no job outlives it."""
     stream = Stream(FakeRole())
-    session = asyncio.create_task(stream.run())
+    session = asyncio.create_task(stream.run(**values))
     try:
         yield stream
         stream.hang_up()
@@ -255,6 +263,62 @@ async def test_status_is_sent_when_it_changes() -> None:
         stream.status.num_running_requests = 5
         await eventually(lambda: len(stream.of("status")) == 2)
         assert stream.of("status")[1].status.num_running_requests == 5
+
+
+async def test_a_heartbeat_is_sent_when_nothing_else_is() -> None:
+    async with open_stream(heartbeat=HeartbeatConfig(interval_s=0.01)) as stream:
+        await stream.took(3, "heartbeat")
+        assert [message.WhichOneof("message") for message in stream.taken[:2]] == ["status", "heartbeat"]
+        assert len(stream.of("status")) == 1
+
+
+async def test_heartbeats_do_not_gather_while_the_coordinator_does_not_read() -> None:
+    async with open_stream(heartbeat=HeartbeatConfig(interval_s=0.001)) as stream:
+        await stream.took(1, "heartbeat")
+        stream.may_write.clear()
+        num_taken, num_asked = len(stream.taken), stream.num_asked
+        await eventually(lambda: stream.num_asked > num_asked + 20)
+        stream.may_write.set()
+        await eventually(lambda: len(stream.taken) > num_taken)
+        assert len(stream.taken) <= num_taken + 2
+
+
+async def test_a_large_message_is_announced() -> None:
+    async with open_stream() as stream:
+        stream.decode("a")
+        await stream.started("decode-a")
+        large = worker_pb2.TokenDelta(request_id="a", token_ids=range(500_000))
+        stream.role.sinks["decode-a"](large)
+        stream.role.sinks["decode-a"](delta("a", 1))
+        await stream.took(1, "step")
+        announced, step = stream.taken[-2:]
+        assert announced.heartbeat.next_message_bytes == large.ByteSize() + delta("a", 1).ByteSize()
+        assert len(step.step.deltas) == 2
+
+
+async def test_a_coordinator_that_says_nothing_loses_its_session() -> None:
+    stream = Stream(FakeRole())
+    session = asyncio.create_task(stream.run(silence=Silence(0.1, tick_s=0.02)))
+    stream.decode("a")
+    stream.prefill("a")
+    await stream.started("decode-a", "prefill-a")
+    await asyncio.wait([session], timeout=10)
+    error = first_leaf(session.exception() or AssertionError())
+    assert isinstance(error, SilentError)
+    assert str(error) == "the coordinator said nothing for 0.1 s"
+    assert not stream.role.running
+
+
+async def test_any_message_of_the_coordinator_is_heard() -> None:
+    class Noted(Silence):
+        def heard(self, next_message_bytes: int = 0) -> None:
+            heard.append(next_message_bytes)
+
+    heard: list[int] = []
+    async with open_stream(silence=Noted(60.0, tick_s=0.25)) as stream:
+        stream.beat(1 << 20)
+        stream.cancel("unknown")
+        await eventually(lambda: heard == [1 << 20, 0])
 
 
 @pytest.mark.parametrize("broken", [True, False])
