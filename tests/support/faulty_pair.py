@@ -81,7 +81,7 @@ class FaultyWorker:
             or status.num_running_requests
             or status.num_waiting_requests
             or status.num_queued_prompt_tokens
-            or self.host.num_jobs
+            or self.host.jobs.total()
         )
 
     def check_content(self, prompt: Sequence[int]) -> int:

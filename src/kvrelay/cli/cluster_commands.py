@@ -12,6 +12,7 @@ import typer
 
 from kvrelay.cli import options as opt
 from kvrelay.cli.admission_options import AdmissionOptions
+from kvrelay.cli.detection_options import DetectionOptions, HeartbeatOptions
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import FoundModel, find_model
 from kvrelay.cli.option_groups import ApiOptions, EngineOptions, ModelOptions, ObserveOptions, grouped
@@ -102,6 +103,7 @@ def coordinator(
     api: ApiOptions,
     admission: AdmissionOptions,
     observe: ObserveOptions,
+    detection: HeartbeatOptions,
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
 
@@ -147,6 +149,7 @@ def coordinator(
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
             engine=ClusterEngineConfig(admission=admission.config()),
+            heartbeat=detection.heartbeat(),
             otlp_endpoint=observe.otlp,
             log_format=observe.log_format.value,
             log_level=observe.log_level.value,
@@ -237,6 +240,7 @@ def up(
     api: ApiOptions,
     admission: AdmissionOptions,
     children: ChildrenOptions,
+    detection: DetectionOptions,
     engine_args: opt.EngineArgsArgument = None,
 ) -> None:
     """Run a whole cluster on this machine until Ctrl-C: etcd, a coordinator, prefill and decode workers.
@@ -261,7 +265,7 @@ def up(
     with process_errors(children.log_level.value):
         from kvrelay.launch.up import run_up
 
-        exit_code = run_up(_up_config(cluster, found, engine, api, admission, children, options))
+        exit_code = run_up(_up_config(cluster, found, engine, api, admission, children, detection, options))
     raise typer.Exit(exit_code)
 
 
@@ -272,6 +276,7 @@ def _up_config(
     api: ApiOptions,
     admission: AdmissionOptions,
     children: ChildrenOptions,
+    detection: DetectionOptions,
     engine_options: tuple[str, ...],
 ) -> UpConfig:
     from kvrelay.launch.plan import UpConfig
@@ -293,7 +298,9 @@ def _up_config(
         coordinator_options=(
             *("--policy", cluster.policy.value, "--local-prefill", cluster.local_prefill.value),
             *admission.arguments(),
+            *detection.heartbeat_arguments(),
         ),
+        worker_options=detection.arguments(),
         kv_host_bytes=engine.kv_host_bytes,
         kv_disk_bytes=engine.kv_disk_bytes,
         kv_compression=engine.kv_compression,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from kvrelay.cli import options as opt
+from kvrelay.cli.detection_options import DetectionOptions
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import FoundModel, find_model
 from kvrelay.cli.option_groups import EngineOptions, ModelOptions, ObserveOptions, grouped
@@ -76,6 +77,7 @@ class _Flags:
     engine: EngineOptions
     network: NetworkOptions
     observe: ObserveOptions
+    detection: DetectionOptions
     engine_options: tuple[str, ...]
 
 
@@ -88,6 +90,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
         engine: EngineOptions,
         network: NetworkOptions,
         observe: ObserveOptions,
+        detection: DetectionOptions,
         engine_args: opt.EngineArgsArgument = None,
     ) -> None:
         flags = _Flags(
@@ -96,6 +99,7 @@ def worker_command(role: Literal["prefill", "decode"]) -> Callable[..., None]:
             engine=engine,
             network=network,
             observe=observe,
+            detection=detection,
             engine_options=check_engine_options(engine_args),
         )
         _run_worker(role, flags)
@@ -148,6 +152,8 @@ def _config(role: Literal["prefill", "decode"], flags: _Flags, found: FoundModel
             disk_path=engine.kv_disk_path,
             compression=engine.kv_compression,
         ),
+        heartbeat=flags.detection.heartbeat(),
+        watch=flags.detection.watch(),
         otlp_endpoint=flags.observe.otlp,
         log_format=flags.observe.log_format.value,
         log_level=flags.observe.log_level.value,

@@ -52,6 +52,8 @@ class UpConfig:
     """More for the engines of one role, after the others."""
     coordinator_options: Sequence[str] = ()
     """More of `kvrelay coordinator`'s own."""
+    worker_options: Sequence[str] = ()
+    """More of the worker commands' own."""
     kv_host_bytes: int = 2 << 30
     """Host memory for KV blocks, of each worker."""
     kv_disk_bytes: int = 0
@@ -150,6 +152,7 @@ def _worker_spec(name: str, config: UpConfig, places: Places, share: Share) -> C
         arguments += ["--kv-compression", config.kv_compression.value]
     if config.kv_disk_bytes:
         arguments += ["--kv-disk-bytes", str(config.kv_disk_bytes), "--kv-disk-path", str(config.kv_disk_path)]
+    arguments += config.worker_options
     if options := [*share.options, *_engine_options(name, config)]:
         arguments += ["--", *options]
     return _spec(name, arguments, config, places, share)

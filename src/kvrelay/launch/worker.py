@@ -23,6 +23,7 @@ from kvrelay import __version__, etcd, grpc_options, logs, membership
 from kvrelay.decode_worker.runner import DecodeRole
 from kvrelay.engine.base import EngineDeadError, EngineInfo
 from kvrelay.errors import first_leaf
+from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig
 from kvrelay.kv_transfer import service as kv_service
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.service import KvTransferService
@@ -32,6 +33,7 @@ from kvrelay.prefill_worker.runner import PrefillRole
 from kvrelay.signals import StopSignals
 from kvrelay.tracing import configure_tracing
 from kvrelay.v1 import cluster_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.worker.engine_watch import DEFAULT_WATCH, EngineWatch, WatchConfig
 from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.leaving import Leaving
 from kvrelay.worker.prefix_publisher import PrefixPublisher
@@ -44,6 +46,8 @@ from kvrelay.worker.store_config import StoreConfig
 _log = structlog.get_logger(__name__)
 
 EXIT_ENGINE_DEAD = 3
+
+_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 
 _MALLOC_OPTIONS = {-1: 1 << 30, -2: 64 << 20, -3: 1 << 30}
 """mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD."""
@@ -74,6 +78,10 @@ class WorkerConfig:
     otlp_endpoint: str | None = None
     log_format: str = "console"
     log_level: str = "info"
+    heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT
+    """On the streams of coordinators."""
+    watch: WatchConfig = DEFAULT_WATCH
+    """Of the engine."""
     drain_s: float = 4.0
     """How long requests may go on after SIGTERM, those that are on their way here included."""
 
@@ -111,7 +119,10 @@ def _prepare_process(scratch: str) -> None:
 
 
 async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
-    """Ends in this order: leave membership, NOT_SERVING, drain, server, loops, engine, lease, telemetry."""
+    """Ends in this order: leave membership, NOT_SERVING, drain, server, loops, engine, lease, telemetry.
+
+    When the engine is dead or stuck: NOT_SERVING, server, lease, loops, engine, telemetry.
+    """
     name = cluster_pb2.Role.Name(config.role).removeprefix("ROLE_").lower() + "-worker"
     tracing = configure_tracing(f"kvrelay-{name}", config.otlp_endpoint, instance_id=config.worker_id)
     started = time.monotonic()
@@ -119,20 +130,41 @@ async def _serve(config: WorkerConfig, signals: StopSignals) -> None:
         async with (
             etcd.connect(etcd.EtcdConfig(endpoints=config.etcd)) as client,
             membership.register(client, membership.worker_key(config.cluster, config.worker_id)) as registration,
-            open_host(make_engine(config.engine), config.store, tracing) as host,
+            open_host(make_engine(config.engine), config.store, tracing, config.watch) as host,
         ):
+            await _check(host.watch)
             leaving = Leaving(signals.ready(), config.drain_s)
             _log.info("engine ready", seconds=round(time.monotonic() - started, 1), slots=host.segment.num_slots)
             publisher = PrefixPublisher(client, config.cluster, config.worker_id, host.held_blocks)
             registration.accompany(publisher.run)
-            async with open_server(config, host, registration.update, leaving) as served:
+            async with (
+                _withdrawn_if_broken(registration),
+                open_server(config, host, registration.update, leaving) as served,
+            ):
                 registration.put(served.record.info)
                 _log.info("serving", address=served.record.info.address, worker_id=config.worker_id)
                 await leaving.wait()
                 await _drain(leaving.drain_s, host, served)
-                _log.info("leaving", requests=host.num_jobs)
+                _log.info("leaving", requests=host.jobs.total())
     finally:
         tracing.shutdown()
+
+
+async def _check(watch: EngineWatch) -> None:
+    """Nobody learns of a worker whose engine generates nothing. Raises `EngineDeadError`."""
+    await watch.ask()
+    if not watch.is_healthy:
+        raise EngineDeadError("the engine has loaded and generates nothing")
+
+
+@contextlib.asynccontextmanager
+async def _withdrawn_if_broken(registration: membership.Registration) -> AsyncIterator[None]:
+    """An engine that is dead or stuck takes its time to end; the cluster learns of it before."""
+    try:
+        yield
+    except BaseException:
+        await registration.withdraw()
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +178,15 @@ class Served:
 
 async def _drain(drain_s: float, host: WorkerHost, served: Served) -> None:
     """Take nothing new, and let requests end that are here or on their way here, for `drain_s` at most."""
-    _log.info("draining", requests=host.num_jobs)
+    _log.info("draining", requests=host.jobs.total())
     deadline = time.monotonic() + drain_s
     try:
         async with asyncio.timeout(min(_LEAVE_TIMEOUT_S, drain_s)):
             await served.record.drain(drain_s)
     except TimeoutError:
         _log.warning("etcd does not answer: coordinators do not know that this worker leaves")
-    await served.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    host.watch.stop_asking()
+    await served.health.enter_graceful_shutdown()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(deadline - time.monotonic()):
             await served.service.wait_hung_up()
@@ -176,6 +209,7 @@ async def open_server(
         PrefillRole(host),
         DecodeRole(host),
         leaving.ask,
+        config.heartbeat,
     )
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     push_server = PushServer(host.receiver, host.collectives)
@@ -198,18 +232,33 @@ async def open_server(
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     # Not KvTransfer: half of its methods are served at the other port.
     names = (
-        worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name,
+        _SERVICE,
         health.SERVICE_NAME,
         reflection.SERVICE_NAME,
     )
     reflection.enable_server_reflection(names, server)
     await server.start()
     try:
-        yield Served(record, service, health_servicer)
+        async with asyncio.TaskGroup() as tasks:
+            publishing = tasks.create_task(_publish_health(host.watch, health_servicer), name="publish health")
+            try:
+                yield Served(record, service, health_servicer)
+            finally:
+                publishing.cancel()
     finally:
+        await health_servicer.enter_graceful_shutdown()
         await server.stop(None)
         await asyncio.to_thread(host.collectives.close)
         await asyncio.to_thread(push_server.stop)
+
+
+async def _publish_health(watch: EngineWatch, servicer: health.aio.HealthServicer) -> None:
+    """The process serves at once, the Worker service as long as the engine generates."""
+    statuses = health_pb2.HealthCheckResponse
+    while True:
+        watch.changed.clear()
+        await servicer.set(_SERVICE, statuses.SERVING if watch.is_healthy else statuses.NOT_SERVING)
+        await watch.changed.wait()
 
 
 def _host_of(address: str) -> str:

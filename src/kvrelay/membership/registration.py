@@ -39,6 +39,7 @@ async def register(
     try:
         async with asyncio.TaskGroup() as tasks:
             holding = tasks.create_task(registration.run(), name=f"registration of {key.decode()}")
+            registration.holding = holding
             try:
                 yield registration
             finally:
@@ -59,6 +60,8 @@ class Registration:
         self._companions: list[Companion] = []
         self._outdated = asyncio.Event()
         self._written = asyncio.Event()
+        self.holding: asyncio.Task[None] | None = None
+        """What keeps the record; `register` sets it."""
 
     def put(self, record: Message) -> None:
         """Set or replace the record; it is written in the background."""
@@ -97,6 +100,14 @@ class Registration:
             raise_if_cancelled()
             self._written.clear()
             await asyncio.sleep(backoff.next_s())
+
+    async def withdraw(self) -> None:
+        """Leave before the context ends; the record does not come back."""
+        if self.holding is not None:
+            self.holding.cancel()
+            await asyncio.wait([self.holding])
+        await self.leave()
+        self._lease = None
 
     async def leave(self) -> None:
         """Delete the record by ending its lease; without etcd the lease ends by itself."""

@@ -27,6 +27,8 @@ from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
 from kvrelay.v1 import common_pb2, kv_transfer_pb2, worker_pb2
 from kvrelay.worker.engine_calls import EngineCalls
+from kvrelay.worker.engine_span import trace_engine
+from kvrelay.worker.engine_watch import DEFAULT_WATCH, EngineWatch, WatchConfig
 from kvrelay.worker.link_speeds import LinkSpeeds
 from kvrelay.worker.request_checks import check_request
 from kvrelay.worker.step_timer import StepTimer
@@ -52,6 +54,7 @@ class WorkerHost:
         config: StoreConfig,
         tracing: Tracing,
         on_broken: Callable[[Exception], object],
+        watch: WatchConfig = DEFAULT_WATCH,
     ) -> None:
         """`on_broken` is told when the accounts of slots do not fit what happens to them: this must not go on."""
         self.info = info
@@ -80,6 +83,7 @@ class WorkerHost:
         self._tickets = itertools.count(1)
         self._by_ticket: dict[int, Submission] = {}
         self._by_engine_id: dict[str, Submission] = {}
+        self.watch = EngineWatch(self._calls, self._tickets, lambda: bool(self._by_engine_id), watch)
         self.load = EngineStep()
         """The engine's gauges of its latest step."""
         self._max_granted = min(config.max_granted_blocks, segment.num_slots // 8)
@@ -191,10 +195,6 @@ class WorkerHost:
         submission.end()
         self._close(submission)
 
-    @property
-    def num_jobs(self) -> int:
-        return self.jobs.total()
-
     @contextlib.contextmanager
     def job(self, role: Literal["prefill", "decode"]) -> Iterator[None]:
         """Around everything that a role does for one request."""
@@ -206,7 +206,7 @@ class WorkerHost:
 
     async def wait_idle(self) -> None:
         """Until no role works on a request, and no blocks are held or coming for one that is still elsewhere."""
-        while self.num_jobs or self.receiver.num_transfers:  # noqa: ASYNC110 - once in a worker's life
+        while self.jobs.total() or self.receiver.num_transfers:  # noqa: ASYNC110 - once in a worker's life
             await asyncio.sleep(_IDLE_POLL_S)
 
     def abort(self, submission: Submission) -> None:
@@ -238,7 +238,8 @@ class WorkerHost:
                 self.load = step
             for delta in step.deltas:
                 submission = self._by_engine_id.get(delta.request_id)
-                if submission is None:  # Aborted meanwhile.
+                if submission is None:  # Aborted meanwhile, or nobody's.
+                    self.watch.take(delta)
                     continue
                 if delta.token_ids:
                     self._note_tokens(submission, delta)
@@ -246,8 +247,9 @@ class WorkerHost:
                 if submission.ended.is_set():
                     self.timer.saw_finish()
                     self._forget(submission)
-                    self._trace(submission.work)
+                    trace_engine(self.tracing, submission.work)
             self.timer.end_step(step)
+            self.watch.saw_step(has_tokens=any(delta.token_ids for delta in step.deltas))
 
     def _note_tokens(self, submission: Submission, delta: worker_pb2.TokenDelta) -> None:
         """Follow what is queued and what the engine has, before the submission takes the tokens."""
@@ -259,25 +261,16 @@ class WorkerHost:
         self.num_context_tokens += len(delta.token_ids)
         self.counters["tokens"] += len(delta.token_ids)
 
-    def _trace(self, work: Work) -> None:
-        """One span for the engine's part, made from the times that the engine told."""
-        if not self.tracing.enabled:
-            return
-        times = {event.name.removeprefix(f"{work.name}."): event.unix_ns for event in work.timeline.events}
-        start, end = times.get("queued"), times.get("last_token")
-        span = self.tracing.start_span("engine." + work.name, work.trace, start_unix_ns=start)
-        for name in ("scheduled", "sampled"):
-            if name in times:
-                span.event(name, times[name])
-        span.set({"prompt.tokens": len(work.prompt_token_ids), **work.timeline.counters})
-        span.end(end)
-
     def on_kv_reports(self, reports: Sequence[KvReport]) -> None:
         """Follow what the engine does with slots."""
         for report in reports:
+            saved = [report.slot] if report.kind is KvReportKind.SAVED else []
+            self._num_granted -= sum(map(self.store.is_granted, saved))
+            if self.watch.takes(report):
+                self.store.release(saved)
+                continue
             submission = self._by_ticket[report.ticket]
-            if report.kind is KvReportKind.SAVED:
-                self._num_granted -= self.store.is_granted(report.slot)
+            if saved:
                 part = BlockPart(report.block, report.slot, report.first_layer, report.num_layers)
                 self.counters["blocks_saved"] += submission.saved(part)
             elif report.kind is KvReportKind.LOADED:

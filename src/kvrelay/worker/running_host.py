@@ -16,6 +16,7 @@ from kvrelay.kv_transfer.lending import Lender
 from kvrelay.kv_transfer.link_coder import named_layout
 from kvrelay.kv_transfer.segment import Segment
 from kvrelay.tracing import Tracing
+from kvrelay.worker.engine_watch import DEFAULT_WATCH, WatchConfig
 from kvrelay.worker.host import WorkerHost
 from kvrelay.worker.store_config import StoreConfig
 
@@ -25,10 +26,12 @@ async def _fail_with(broken: asyncio.Future[None]) -> None:
 
 
 @asynccontextmanager
-async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> AsyncIterator[WorkerHost]:
+async def open_host(
+    engine: Engine, config: StoreConfig, tracing: Tracing, watch: WatchConfig = DEFAULT_WATCH
+) -> AsyncIterator[WorkerHost]:
     """Start the engine, which may take minutes, and run a host over it; end both at exit.
 
-    An engine that dies ends the body with an `ExceptionGroup` of `EngineDeadError`.
+    An engine that dies, or does nothing any more, ends the body with an `ExceptionGroup` of `EngineDeadError`.
     """
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -55,7 +58,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
         info = await engine.start(segment, on_kv_reports)
         info = replace(info, layout=named_layout(config.compression, info.layout))
         async with asyncio.TaskGroup() as tasks:
-            host = WorkerHost(engine, info, segment, config, tracing, on_broken)
+            host = WorkerHost(engine, info, segment, config, tracing, on_broken, watch)
             host.lender = Lender(host.store, segment, info.layout, host.peers, host.counters, tasks)
             if config.transport.shares_memory:
                 host.lender.local_segment = host.local_segment
@@ -68,6 +71,7 @@ async def open_host(engine: Engine, config: StoreConfig, tracing: Tracing) -> As
                 tasks.create_task(_fail_with(broken), name="kv-reports"),
                 tasks.create_task(host.run(), name="engine-steps"),
                 tasks.create_task(host.run_calls(), name="engine-calls"),
+                tasks.create_task(host.watch.run(), name="engine-watch"),
                 tasks.create_task(host.expire(), name="expire"),
             ]
             try:

@@ -50,7 +50,8 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
         *("--prefill", "2", "--decode", "3", "--model", "/m/tiny", "--etcd", listener, "--http", "127.0.0.1:0"),
         *("--kv-host-bytes", "1GiB", "--kv-disk-bytes", "1KiB", "--kv-disk-path", str(state_dir.parent)),
         *("--kv-transport", "grpc", "--kv-cache-gib", "2", "--policy", "prefix-only"),
-        *("--max-queued-requests", "7", "--", "--vocab-size", "10"),
+        *("--max-queued-requests", "7", "--heartbeat-timeout-s", "3", "--engine-stuck-s", "20"),
+        *("--", "--vocab-size", "10"),
     )
     assert result.exit_code == 0, result.output
     (config,) = configs
@@ -66,6 +67,10 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
     assert list(config.coordinator_options) == [
         *("--policy", "prefix-only", "--local-prefill", "when-cheaper"),
         *("--max-queued-requests", "7", "--max-queued-tokens", "8000000", "--dispatch-ahead-s", "0.25"),
+        *("--heartbeat-timeout-s", "3.0"),
+    ]
+    assert list(config.worker_options) == [
+        *("--heartbeat-timeout-s", "3.0", "--engine-stuck-s", "20.0", "--health-interval-s", "30.0")
     ]
     assert config.environment["XDG_STATE_HOME"] == str(state_dir.parent)
 

@@ -43,7 +43,7 @@ def run(*arguments: str) -> Result:
 def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) -> None:
     result = run(
         *("decode-worker", "--etcd", f"{etcd},other:2379", "--cluster", "c", "--worker-id", "d1"),
-        *("--weight", "2.5"),
+        *("--weight", "2.5", "--heartbeat-timeout-s", "3", "--engine-stuck-s", "20", "--health-interval-s", "5"),
         *("--engine", "simulated", "--model", "/m/tiny", "--kv-host-bytes", "1GiB", "--listen", "127.0.0.1:0"),
         *(
             "--advertise",
@@ -66,6 +66,7 @@ def test_flags_become_a_configuration(etcd: str, configs: list[WorkerConfig]) ->
     assert (config.role, config.worker_id, config.cluster) == (cluster_pb2.ROLE_DECODE, "d1", "c")
     assert list(config.etcd) == [etcd, "other:2379"]
     assert config.weight == 2.5
+    assert (config.heartbeat.timeout_s, config.watch.stuck_s, config.watch.health_interval_s) == (3.0, 20.0, 5.0)
     assert (config.listen, config.advertise) == ("127.0.0.1:0", "host:7")
     assert (config.kv_listen, config.kv_advertise) == ("0.0.0.0:0", "nat:9")
     assert (config.engine.kind, config.engine.served_model_name) == ("simulated", "tiny")

@@ -86,6 +86,12 @@ def test_workers_are_told_of_a_transport_that_is_chosen() -> None:
     assert told == ["prefill-0", "decode-0", "decode-1"]
 
 
+def test_workers_have_options_of_their_own_before_those_of_the_engine() -> None:
+    specs = _specs(dataclasses.replace(CONFIG, worker_options=["--engine-stuck-s", "20"]))
+    told = [name for name, spec in specs.items() if "--engine-stuck-s 20 -- --dtype" in shlex.join(spec.arguments)]
+    assert told == ["prefill-0", "decode-0", "decode-1"]
+
+
 def test_the_coordinator_hears_of_engine_options_that_concern_it() -> None:
     options = ["--dtype=float32", "--max-model-len=4096", "--trust-remote-code", "--tokenizer", "t"]
     config = dataclasses.replace(CONFIG, engine_options=options, coordinator_options=["--tool-parser", "hermes"])
