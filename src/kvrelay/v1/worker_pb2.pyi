@@ -185,6 +185,7 @@ class Prefill(_message.Message):
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the cluster; the Decodes of this prompt name it."""
     cache_salt: _builtins.str
@@ -195,6 +196,10 @@ class Prefill(_message.Message):
     prefix_address: _builtins.str
     """host:port of the KvTransfer service of a worker that holds more of the prompt's prefix than this one may: fetch it
     from there. Empty: nobody is known to.
+    """
+    timeout_ms: _builtins.int
+    """From its arrival: how long the coordinator wants the answer. Then the worker ends it by itself and frees what it has,
+    whether a Cancel comes or not. 0: until it is cancelled.
     """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -214,10 +219,11 @@ class Prefill(_message.Message):
         decode_worker_id: _builtins.str = ...,
         trace: _common_pb2.TraceContext | None = ...,
         prefix_address: _builtins.str = ...,
+        timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -239,6 +245,7 @@ class Decode(_message.Message):
     PREFILL_REQUEST_ID_FIELD_NUMBER: _builtins.int
     PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     cache_salt: _builtins.str
     priority: _builtins.int
@@ -256,6 +263,8 @@ class Decode(_message.Message):
     """So many tokens at the end of prompt_token_ids were generated for this request before, and the sampler keeps account
     of them: penalties, bad words, a grammar, a seed. 0 where it need not know.
     """
+    timeout_ms: _builtins.int
+    """Like Prefill's."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the prefill worker's first token where that one counts."""
@@ -277,10 +286,11 @@ class Decode(_message.Message):
         prefill_request_id: _builtins.str = ...,
         prefix_address: _builtins.str = ...,
         num_generated_tokens: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "num_generated_tokens", b"num_generated_tokens", "prefill_request_id", b"prefill_request_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "kv_wait_ms", b"kv_wait_ms", "num_generated_tokens", b"num_generated_tokens", "prefill_request_id", b"prefill_request_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from typing import TypeAlias
 
 import structlog
 
-from kvrelay.errors import InvalidRequestError, KvrelayError
+from kvrelay.errors import DeadlineError, InvalidRequestError, KvrelayError
 from kvrelay.grpc_options import MAX_MESSAGE_BYTES
 from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig, Silence, until_silent
 from kvrelay.v1 import worker_pb2
@@ -20,6 +22,7 @@ _STATUS_INTERVAL_S = 0.25
 _MAX_DELTA_BYTES = MAX_MESSAGE_BYTES - 1024
 """The rest is for the messages around it."""
 _Failed = worker_pb2.RequestFailed
+_Request: TypeAlias = worker_pb2.Prefill | worker_pb2.Decode
 _Work = Callable[[], Awaitable[None]]
 """Called in the job's own task: a job that is cancelled before it runs has started nothing."""
 
@@ -90,21 +93,22 @@ class Session:
         match message.WhichOneof("message"):
             case "prefill":
                 prefill = partial(self._prefill.prefill, message.prefill, self._add_delta)
-                self._start("prefill", message.prefill.request_id, prefill, tasks)
+                self._start("prefill", message.prefill, prefill, tasks)
             case "decode":
                 decode = partial(self._decode.decode, message.decode, self._add_delta)
-                self._start("decode", message.decode.request_id, decode, tasks)
+                self._start("decode", message.decode, decode, tasks)
             case "cancel":
                 self._cancel(message.cancel.request_id)
             case "kv_lost":
                 self._decode.end_wait(message.kv_lost.request_id)
 
-    def _start(self, kind: str, request_id: str, work: _Work, tasks: asyncio.TaskGroup) -> None:
+    def _start(self, kind: str, request: _Request, work: _Work, tasks: asyncio.TaskGroup) -> None:
+        request_id, timeout_s = request.request_id, request.timeout_ms / 1e3 or None
         key = kind, request_id
         if key in self._jobs:
             self._fail(request_id, _Failed.REASON_INVALID, f"request {request_id} is running already")
             return
-        job = self._jobs[key] = tasks.create_task(self._job(request_id, work), name=f"{kind}-{request_id}")
+        job = self._jobs[key] = tasks.create_task(self._job(request_id, work, timeout_s), name=f"{kind}-{request_id}")
         job.add_done_callback(lambda _: self._jobs.pop(key))
 
     def _cancel(self, request_id: str) -> None:
@@ -114,9 +118,10 @@ class Session:
                 job.cancel()
         self._decode.forget(request_id)
 
-    async def _job(self, request_id: str, work: _Work) -> None:
+    async def _job(self, request_id: str, work: _Work, timeout_s: float | None) -> None:
         try:
-            await work()
+            async with _deadline(request_id, timeout_s):
+                await work()
         except InvalidRequestError as error:
             self._fail(request_id, _Failed.REASON_INVALID, error.message)
         except KvrelayError as error:
@@ -137,3 +142,15 @@ class Session:
         self._cancel(delta.request_id)
         message = f"one answer has {delta.ByteSize()} bytes and at most {_MAX_DELTA_BYTES} can be sent; ask for fewer"
         self._fail(delta.request_id, _Failed.REASON_INVALID, f"{message} log probabilities")
+
+
+@contextlib.asynccontextmanager
+async def _deadline(request_id: str, timeout_s: float | None) -> AsyncIterator[None]:
+    """End what is inside after this time. Raises `DeadlineError` then."""
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineError(f"the deadline of request {request_id} passed after {timeout_s:g} s") from None

@@ -77,11 +77,13 @@ class Stream:
         await self.may_write.wait()
         self.taken.append(message)
 
-    def prefill(self, request_id: str) -> None:
-        self._inbox.put_nowait(worker_pb2.CoordinatorMessage(prefill=worker_pb2.Prefill(request_id=request_id)))
+    def prefill(self, request_id: str, **values: Any) -> None:
+        request = worker_pb2.Prefill(request_id=request_id, **values)
+        self._inbox.put_nowait(worker_pb2.CoordinatorMessage(prefill=request))
 
-    def decode(self, request_id: str) -> None:
-        self._inbox.put_nowait(worker_pb2.CoordinatorMessage(decode=worker_pb2.Decode(request_id=request_id)))
+    def decode(self, request_id: str, **values: Any) -> None:
+        request = worker_pb2.Decode(request_id=request_id, **values)
+        self._inbox.put_nowait(worker_pb2.CoordinatorMessage(decode=request))
 
     def cancel(self, request_id: str) -> None:
         self._inbox.put_nowait(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id=request_id)))
@@ -241,6 +243,27 @@ async def test_a_failure_is_told_with_its_kind(error: Exception, reason: int, te
         await eventually(stream.failures)
         assert stream.failures() == [("a", reason)]
         assert stream.of("failed")[0].failed.message == text
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+async def test_a_request_whose_deadline_passes_ends_by_itself_and_says_so(kind: str) -> None:
+    async with open_stream() as stream:
+        getattr(stream, kind)("late", timeout_ms=50)
+        getattr(stream, kind)("other", timeout_ms=60_000)
+        getattr(stream, kind)("endless")
+        await stream.started(f"{kind}-late", f"{kind}-other", f"{kind}-endless")
+        await eventually(stream.failures)
+        assert stream.failures() == [("late", Failed.REASON_UNAVAILABLE)]
+        assert stream.of("failed")[0].failed.message == "the deadline of request late passed after 0.05 s"
+        assert stream.role.running == {f"{kind}-other", f"{kind}-endless"}
+
+
+async def test_a_timeout_inside_of_a_request_is_not_its_deadline() -> None:
+    async with open_stream() as stream:
+        stream.role.error = TimeoutError("of something else")
+        stream.decode("a", timeout_ms=60_000)
+        await eventually(stream.failures)
+        assert stream.failures() == [("a", Failed.REASON_INTERNAL)]
 
 
 async def test_a_failure_does_not_overtake_the_tokens_before_it() -> None:
