@@ -119,7 +119,11 @@ class Push:
 
     async def _run(self) -> None:
         self._peer = self._find_peer()
-        want = await self._peer.offer(self._offer)
+        try:
+            want = await self._peer.offer(self._offer)
+        except asyncio.CancelledError:
+            self._peer.withdraw_soon(self._offer.request_id)
+            raise
         self.result.refusal = want.reason
         wanted = frozenset(want.blocks)
         self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
