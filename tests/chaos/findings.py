@@ -54,11 +54,11 @@ class Judged:
     def text(self) -> str:
         """What happened, for a person to look into."""
         plan, got = self.answer.plan, self.answer.tokens
-        numbers = ", ".join(f"{len(tokens)} of {plan.num_tokens} tokens" for tokens in got)
-        way = "HTTP" if plan.over_http else "gRPC"
+        unit = "characters" if plan.way == "events" else "tokens"
+        numbers = ", ".join(f"{len(tokens)} of {len(plan.expected())} {unit}" for tokens in got)
         error = f" {type(self.answer.error).__name__}: {self.answer.error}" if self.answer.error else ""
         hit_by = ", ".join(f"{hit.fault.name} {hit.fault.target}" for hit in self.faults)
-        asked = f"{plan.request_id} over {way} at {self.answer.coordinator}, seed {plan.seed}, n {plan.n}"
+        asked = f"{plan.request_id} by {plan.way} at {self.answer.coordinator}, seed {plan.seed}, n {plan.n}"
         return f"{self.verdict.value}: {asked}: {numbers}.{error} During: {hit_by or 'no fault'}."
 
 
@@ -86,6 +86,10 @@ class Findings:
     def bad(self) -> list[Judged]:
         return [each for each in self.judged if each.verdict in BAD]
 
+    def failed(self) -> list[Judged]:
+        """Those that ended with an error and are not bad."""
+        return [each for each in self.judged if each.answer.error is not None and each.verdict not in BAD]
+
     def errors(self) -> Counter[str]:
         """What clients were told, with numbers and names taken out."""
         told = (each.answer for each in self.judged if each.answer.error is not None and not each.answer.cancelled)
@@ -109,6 +113,8 @@ def _judge(answer: Answer, faults: Sequence[Injection]) -> Judged:
         answer.tokens,
         TimeoutError("never ended") if answer.abandoned else answer.error,
         cancelled=answer.cancelled,
+        cannot_resume=answer.plan.way == "events"
+        and any(answer.coordinator in hit.fault.coordinators for hit in faults),
     )
     return Judged(answer, verdict, faults)
 

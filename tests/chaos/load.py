@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -83,8 +84,9 @@ class Load:
         """Send one now, by a client of its own if given, that waits for so long after every chunk."""
         answer = Answer(plan, self._asked(plan), time.monotonic(), tokens=[[] for _ in range(plan.n)])
         self.answers.append(answer)
-        work = self._over_http(answer) if plan.over_http and client is None else self._stream(answer, client, pause_s)
-        task = self._tasks.create_task(self._note_end(answer, work), name=plan.request_id)
+        work = {"http": self._over_http, "events": self._by_events}.get(plan.way)
+        asking = work(answer) if work else self._stream(answer, client, pause_s)
+        task = self._tasks.create_task(self._note_end(answer, asking), name=plan.request_id)
         self._running[plan.index] = task
         task.add_done_callback(lambda _: self._running.pop(plan.index))
         return answer
@@ -142,18 +144,41 @@ class Load:
                 await asyncio.sleep(pause_s)
 
     async def _over_http(self, answer: Answer) -> None:
+        url, body, headers = self._http_request(answer)
+        reply = await self._http.post(url, json={**body, "return_token_ids": True}, headers=headers)
+        _raise_for(reply)
+        for choice in reply.json()["choices"]:
+            answer.tokens[choice["index"]] = choice["token_ids"]
+
+    async def _by_events(self, answer: Answer) -> None:
+        url, body, headers = self._http_request(answer)
+        async with self._http.stream("POST", url, json={**body, "stream": True}, headers=headers) as reply:
+            if reply.status_code != 200:
+                await reply.aread()
+            _raise_for(reply)
+            async for line in reply.aiter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line:
+                    event = json.loads(line.removeprefix("data: "))
+                    if error := event.get("error"):
+                        raise HttpStatusError(error["code"], error["message"])
+                    answer.take(0, tuple(map(ord, event["choices"][0]["text"])))
+        raise HttpStatusError(200, "the events ended without an end")
+
+    def _http_request(self, answer: Answer) -> tuple[str, dict[str, Any], dict[str, str]]:
         plan = answer.plan
         body: dict[str, Any] = {"model": MODEL, "prompt": plan.prompt, "max_tokens": plan.num_tokens, "n": plan.n}
-        body |= {"temperature": plan.temperature, "ignore_eos": True, "return_token_ids": True}
+        body |= {"temperature": plan.temperature, "ignore_eos": True}
         if plan.seed is not None:
             body["seed"] = plan.seed
         address = self._cluster.links[f"{answer.coordinator}.http"].address
-        headers = {"X-Request-Id": plan.request_id}
-        reply = await self._http.post(f"http://{address}/v1/completions", json=body, headers=headers)
-        if reply.status_code != 200:
-            raise HttpStatusError(reply.status_code, reply.json()["error"]["message"])
-        for choice in reply.json()["choices"]:
-            answer.tokens[choice["index"]] = choice["token_ids"]
+        return f"http://{address}/v1/completions", body, {"X-Request-Id": plan.request_id}
+
+
+def _raise_for(reply: httpx.Response) -> None:
+    if reply.status_code != 200:
+        raise HttpStatusError(reply.status_code, reply.json()["error"]["message"])
 
 
 @contextlib.asynccontextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvrelay.engine.simulated_model import SimulatedConfig, expected_tokens
 from tests.chaos.members import COORDINATORS
+from tests.chaos.texts import expected_text
 
 RATE_PER_S = 12.0
 _NUM_PREFIXES = 12
@@ -15,7 +17,12 @@ _PREFIX_TOKENS = (100, 1200)
 _TAIL_TOKENS = (1, 300)
 _OUTPUT_TOKENS = (5, 150)
 _TOKENS = (3, 40_000)
-_SHARE_SHORT, _SHARE_HTTP, _SHARE_SEVERAL, _SHARE_SEEDED, _SHARE_RANDOM = 0.2, 0.15, 0.1, 0.2, 0.05
+_SHARE_SHORT, _SHARE_SEVERAL, _SHARE_SEEDED, _SHARE_RANDOM = 0.2, 0.1, 0.2, 0.05
+
+Way = Literal["grpc", "http", "events"]
+"""The gRPC API, the HTTP API with one answer, or with server-sent events: that is text, and the others are tokens."""
+_WAYS: Sequence[Way] = ("grpc", "http", "events")
+_WAY_SHARES = (0.75, 0.1, 0.15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +33,7 @@ class RequestPlan:
     at_s: float
     """Since the load began."""
     coordinator: str
-    over_http: bool
+    way: Way
     prompt: Sequence[int]
     num_tokens: int
     n: int = 1
@@ -38,8 +45,9 @@ class RequestPlan:
         return f"chaos-{self.index}"
 
     def expected(self) -> list[int]:
-        """The tokens of each completion."""
-        return expected_tokens(self.prompt, self.num_tokens, SimulatedConfig(), self.seed)
+        """The tokens of each completion, or the characters of its text where that is what comes."""
+        tokens = expected_tokens(self.prompt, self.num_tokens, SimulatedConfig(), self.seed)
+        return list(map(ord, expected_text(self.prompt, tokens))) if self.way == "events" else tokens
 
 
 def request_plans(seed: int, rate_per_s: float = RATE_PER_S) -> Iterator[RequestPlan]:
@@ -56,14 +64,15 @@ def request_plans(seed: int, rate_per_s: float = RATE_PER_S) -> Iterator[Request
 def _plan(rng: random.Random, prefixes: Sequence[list[int]], index: int, at_s: float) -> RequestPlan:
     is_short = rng.random() < _SHARE_SHORT
     prefix = [] if is_short else rng.choice(prefixes)
-    several = rng.random() < _SHARE_SEVERAL
+    (way,) = rng.choices(_WAYS, _WAY_SHARES)
+    several = way != "events" and rng.random() < _SHARE_SEVERAL
     sampling = rng.random()
     seeded = not several and sampling < _SHARE_SEEDED
     return RequestPlan(
         index=index,
         at_s=at_s,
         coordinator=rng.choice(COORDINATORS),
-        over_http=rng.random() < _SHARE_HTTP,
+        way=way,
         prompt=[*prefix, *_tokens(rng, rng.randint(*_TAIL_TOKENS))],
         num_tokens=rng.randint(*_OUTPUT_TOKENS),
         n=2 if several else 1,

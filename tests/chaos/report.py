@@ -38,6 +38,7 @@ def to_json(findings: Findings) -> dict[str, Any]:
         "not_healed": [hit.error for hit in findings.injections if hit.error],
         "errors": dict(findings.errors().most_common()),
         "bad": [each.text() for each in findings.bad()],
+        "failed": [each.text() for each in findings.failed()],
     }
 
 

@@ -22,6 +22,8 @@ class Verdict(enum.Enum):
     """Before its first token, an error after which the same request may be sent again."""
     CANCELLED = "cancelled"
     """By its client, which had the right tokens until then."""
+    CUT = "http_streams_cut"
+    """Events over HTTP that ended with their coordinator, or the connection to it: nobody resumes these."""
     LOST = "lost"
     """Tokens are missing, or an error came that does not allow to try again."""
     DOUBLED = "doubled"
@@ -71,8 +73,12 @@ def verdict_of(
     error: Exception | None,
     *,
     cancelled: bool = False,
+    cannot_resume: bool = False,
 ) -> Verdict:
-    """Of a whole request whose completions all have to be `expected`."""
+    """Of a whole request whose completions all have to be `expected`.
+
+    `cannot_resume`: its client has a stream that goes on nowhere else, and its coordinator or the way to it was hit.
+    """
     if error is None and not cancelled:
         return worst([verdict_of_tokens(expected, tokens) for tokens in got])
     shown = worst([verdict_of_tokens(expected[: len(tokens)], tokens) for tokens in got])
@@ -82,6 +88,8 @@ def verdict_of(
         return Verdict.CANCELLED
     if not any(got):
         return Verdict.CLEAR_ERROR if error is not None and is_clear(error) else Verdict.LOST
+    if cannot_resume and isinstance(error, httpx.TransportError) and not isinstance(error, httpx.TimeoutException):
+        return Verdict.CUT
     return Verdict.LOST
 
 

@@ -19,7 +19,7 @@ def _extra_plan(rng: random.Random, coordinator: str, num_tokens: int) -> Reques
     """A request beside the load, over gRPC, with a number that no other has."""
     plan = next(request_plans(rng.randrange(1 << 31)))
     index = _FIRST_INDEX + rng.randrange(1 << 40)
-    return dataclasses.replace(plan, index=index, coordinator=coordinator, num_tokens=num_tokens, over_http=False)
+    return dataclasses.replace(plan, index=index, coordinator=coordinator, num_tokens=num_tokens, way="grpc")
 
 
 class CancelBurst(Fault):

@@ -13,7 +13,7 @@ LINKS = {
     "worker": [f"{name}.grpc" for name in WORKERS],
     "kv": [f"{name}.kv" for name in (*DECODE, *DECODE, *PREFILL)],
     "etcd": [f"{name}.etcd" for name in (*COORDINATORS, *WORKERS)],
-    "client": [f"{name}.grpc" for name in COORDINATORS],
+    "client": [f"{name}.{kind}" for name in COORDINATORS for kind in ("grpc", "http")],
 }
 """By who is at the other end, or by what is sent; decode workers get far more blocks than others."""
 _DEAD_S = 30.0

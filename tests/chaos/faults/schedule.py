@@ -23,6 +23,7 @@ from tests.chaos.faults.processes import (
     StopEtcd,
     StopPrefill,
 )
+from tests.chaos.faults.roles import ChangeRole
 from tests.chaos.faults.store import Compact, Revoke, Wipe
 
 _KINDS: Sequence[type[Fault]] = (
@@ -32,6 +33,7 @@ _KINDS: Sequence[type[Fault]] = (
     *LINK_FAULTS,
     FlipBits,
     *(Wipe, Compact, Revoke),
+    ChangeRole,
     *(CancelBurst, SlowReader, Vanish),
     *ARMED_FAULTS,
 )

@@ -13,7 +13,7 @@ from tests.chaos.load import Answer
 from tests.chaos.plans import RequestPlan, request_plans
 from tests.chaos.report import print_report, to_json
 
-PLANS = [plan for plan in itertools.islice(request_plans(1), 100) if plan.n == 1 and plan.seed is None]
+PLANS = [plan for plan in itertools.islice(request_plans(1), 100) if plan.way == "grpc" and plan.n == 1]
 
 
 def _answer(plan: RequestPlan, tokens: list[int], began_s: float = 0.0, every_s: float = 0.1) -> Answer:

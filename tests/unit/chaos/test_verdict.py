@@ -67,6 +67,9 @@ def test_an_error_after_the_first_token_is_a_loss() -> None:
     assert verdict_of(EXPECTED, begun, WorkerLostError("lost; try again")) is Verdict.LOST
     assert verdict_of(EXPECTED, begun, NoWorkersError("x")) is Verdict.LOST
     assert verdict_of(EXPECTED, begun, GenerationFailedError("x")) is Verdict.LOST
+    assert verdict_of(EXPECTED, begun, httpx.ReadError("reset")) is Verdict.LOST
+    assert verdict_of(EXPECTED, begun, httpx.ReadError("reset"), cannot_resume=True) is Verdict.CUT
+    assert verdict_of(EXPECTED, begun, HttpStatusError(503, "x"), cannot_resume=True) is Verdict.LOST
 
 
 def test_wrong_tokens_are_wrong_although_the_request_failed_or_was_cancelled() -> None:
