@@ -26,7 +26,7 @@ from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 _MAX_REMEMBERED = 1 << 14
 """Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
 _COMMITTED_HOLD_S = 5.0
-"""So long blocks wait for their request after the sender is done: a coordinator sends it at about that time, or never."""
+"""So long blocks wait for their request after the sender is done: it is sent at about that time, or never."""
 _MAX_TRANSFERS = 1 << 12
 """Open at a time. Each remembers up to 1 MiB of hashes."""
 
