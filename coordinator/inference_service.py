@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -19,7 +21,7 @@ from kvrelay.coordinator.generate_responses import ResponseBuilder
 from kvrelay.coordinator.grpc_checks import check_detokenize, check_generate, check_tokenize
 from kvrelay.coordinator.prompt_rendering import ChatTemplate, render_chat, render_text, render_token_ids
 from kvrelay.coordinator.request_limits import RequestBounds, RequestLimits, bounds_now
-from kvrelay.coordinator.request_terms import current_terms, terms_of_request
+from kvrelay.coordinator.request_terms import RequestTerms, current_terms, terms_of_request
 from kvrelay.coordinator.vllm_errors import from_vllm_error
 from kvrelay.errors import (
     RETRY_AFTER_METADATA,
@@ -60,7 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                     "request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id"
                 )
             check_generate(request, self._bounds())
-            current_terms.set(terms_of_request(request))
+            current_terms.set(_with_deadline(terms_of_request(request), context))
             prompt = await self._render(request)
             params = client_sampling(request.sampling, self._default_sampling)
             builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs, request.resume)
@@ -151,6 +153,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         served = self._engine.served_model_name
         if model and model != served:
             raise ModelNotFoundError(f"model {model!r} does not exist; this cluster serves {served!r}", field="model")
+
+
+def _with_deadline(terms: RequestTerms, context: _Context) -> RequestTerms:
+    """The client's: gRPC ends the call by itself then."""
+    left_s = context.time_remaining()
+    return terms if left_s is None else replace(terms, ends_s=time.monotonic() + left_s)
 
 
 async def _abort(context: _Context, error: Exception, request_id: str) -> NoReturn:

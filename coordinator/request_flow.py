@@ -196,6 +196,7 @@ class RequestFlow:
             decode_worker_id=self.plan.decode.worker_id,
             trace=context,
             prefix_address=self.plan.source.address if self.plan.source else "",
+            timeout_ms=self.request.terms.timeout_ms(),
         )
 
     def on_prefill_delta(self, delta: worker_pb2.TokenDelta) -> worker_pb2.TokenDelta | None:
@@ -259,6 +260,7 @@ class RequestFlow:
                     trace=context,
                     prefill_request_id="" if job_id == self.job_id else self.job_id,
                     prefix_address=source.address if source else "",
+                    timeout_ms=self.request.terms.timeout_ms(),
                     num_generated_tokens=num_generated if keeps_sampler_state(completion.sampling) else 0,
                 )
             )

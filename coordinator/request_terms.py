@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from kvrelay.errors import InvalidRequestError
 from kvrelay.v1 import inference_pb2
 
 _PREFIX = b"x-kvrelay-"
+_LOST_CANCEL_S = 0.5
 _MIN_S, _MAX_S = 0.001, 86_400.0
 _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{0,9})?")
 _TENANT = re.compile(r"[!-~]{0,128}")
@@ -26,6 +28,14 @@ class RequestTerms:
     """Most seconds to the first token; None: any."""
     itl_s: float | None = STANDARD.itl_s
     """Most seconds between two tokens; None: any."""
+    ends_s: float | None = None
+    """When nobody wants the answer any more, by `time.monotonic`; None: as long as somebody is there."""
+
+    def timeout_ms(self) -> int:
+        """What a worker is told: a little more than is left, as a cancel comes first where none is lost. 0: for ever."""
+        if self.ends_s is None:
+            return 0
+        return max(1, round(1e3 * (self.ends_s - time.monotonic() + _LOST_CANCEL_S)))
 
 
 STANDARD_TERMS = RequestTerms()

@@ -286,3 +286,30 @@ async def test_token_ids_outside_of_the_vocabulary_are_not_detokenized(front_end
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[49152]))
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_workers_know_how_long_the_client_waits(front_end: FrontEnd) -> None:
+    request = Generate(token_ids=common_pb2.TokenIds(ids=PROMPT), sampling=greedy())
+    async with service(front_end) as (cluster, stub):
+        call = stub.Generate(request, timeout=30)
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        assert 29_000 < prefill.timeout_ms <= 30_500
+        cluster.prefill.send(delta(prefill.request_id, [5], common_pb2.FINISH_REASON_LENGTH))
+        (decode,) = await cluster.decode.wait_for("decode")
+        assert 28_000 < decode.timeout_ms <= prefill.timeout_ms
+        call.cancel()
+        call = stub.Generate(request)
+        _, prefill = await cluster.prefill.wait_for("prefill", 2)
+        assert prefill.timeout_ms == 0
+        call.cancel()
+
+
+async def test_a_deadline_that_passes_frees_the_workers(front_end: FrontEnd) -> None:
+    request = Generate(token_ids=common_pb2.TokenIds(ids=PROMPT), sampling=greedy())
+    async with service(front_end) as (cluster, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await collect(stub.Generate(request, timeout=0.3))
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await cluster.prefill.wait_for("cancel")
+        await cluster.decode.wait_for("cancel")
+        cluster.assert_idle()
