@@ -32,10 +32,11 @@ class RequestTerms:
     """When nobody wants the answer any more, by `time.monotonic`; None: as long as somebody is there."""
 
     def timeout_ms(self) -> int:
-        """What a worker is told: a little more than is left, as a cancel comes first where none is lost. 0: for ever."""
+        """What a worker is told: a little more than is left, so that a cancel comes first. 0: for ever."""
         if self.ends_s is None:
             return 0
-        return max(1, round(1e3 * (self.ends_s - time.monotonic() + _LOST_CANCEL_S)))
+        left_s = min(_MAX_S, self.ends_s - time.monotonic()) + _LOST_CANCEL_S
+        return max(1, round(1e3 * left_s))
 
 
 STANDARD_TERMS = RequestTerms()
