@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import Callable, Coroutine
@@ -54,6 +55,11 @@ def build_app(
     serving = build_serving(engine, served_model_name, options or ServingOptions())
     plain = PlainStreams(streams, serving, limits) if streams is not None else None
     return Gateway(Routes(serving, limits, probes), limits, plain, probes.decision)
+
+
+_STOPPED = HttpError(
+    status=HTTPStatus.SERVICE_UNAVAILABLE, message="this coordinator stops, and the answer was not complete; try again"
+)
 
 
 class Gateway:
@@ -110,6 +116,9 @@ class Gateway:
                 await until_disconnect(receive, handler(call))
         except ClientGoneError:
             return
+        except asyncio.CancelledError:
+            await reply.error(_STOPPED)
+            raise
         except Exception as exception:
             given = body if isinstance(body, dict) else {}
             await reply.error(with_parameter(error_of(exception, request_id), given))

@@ -14,7 +14,7 @@ from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.http_app import build_app
 from kvrelay.coordinator.http_routes import Probes
-from kvrelay.coordinator.http_server import http_server
+from kvrelay.coordinator.http_server import HttpServer, http_server
 from kvrelay.coordinator.http_serving import ServingOptions
 from kvrelay.coordinator.metrics.collector import CoordinatorCollector
 from kvrelay.coordinator.metrics.exposition import Exposition
@@ -28,6 +28,7 @@ from tests.support.fake_cluster import FakeCluster, fake_cluster
 @dataclass(slots=True)
 class GatewayUnderTest:
     cluster: FakeCluster
+    server: HttpServer
     port: int
     http: httpx.AsyncClient
     """Knows the base URL; tests of bad input speak through it."""
@@ -85,4 +86,4 @@ async def gateway(
                 httpx.AsyncClient(base_url=url, timeout=20) as http,
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
             ):
-                yield GatewayUnderTest(cluster, server.port, http, client)
+                yield GatewayUnderTest(cluster, server, server.port, http, client)
