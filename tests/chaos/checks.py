@@ -29,6 +29,7 @@ from tests.support.cluster_gauges import ClusterGauges
 
 IDLE_TIMEOUT_S = 10.0
 WHOLE_TIMEOUT_S = 60.0
+_TIDY_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 _ZERO = re.compile(
     r"^kvrelay_(in_flight_requests|queued_requests|prefix_index_speculated_entries|worker_running_requests"
@@ -136,8 +137,15 @@ def _command(pid: int) -> str:
         return "gone"
 
 
-def left_behind(run_id: str, directory: Path, shared_memory_before: set[str]) -> list[str]:
-    """After the cluster has been stopped."""
+async def left_behind(run_id: str, directory: Path, shared_memory_before: set[str]) -> list[str]:
+    """After the cluster has been stopped. Others on the machine have names for a moment that nobody maps yet."""
+    deadline_s = time.monotonic() + _TIDY_TIMEOUT_S
+    while (left := _left_behind(run_id, directory, shared_memory_before)) and time.monotonic() < deadline_s:
+        await asyncio.sleep(_POLL_S)
+    return left
+
+
+def _left_behind(run_id: str, directory: Path, shared_memory_before: set[str]) -> list[str]:
     left = [f"process {pid}: {_command(pid)}" for pid in marked(mark(run_id), whole=False)]
     left += [f"shared memory: {name}" for name in sorted(unmapped_shared_memory() - shared_memory_before)]
     return [*left, *(f"file: {path.name}" for path in _named_segments(directory))]

@@ -94,7 +94,7 @@ async def run_chaos(config: ChaosConfig, say: Callable[[str], None]) -> Findings
         seconds=config.seconds,
         judged=judge(load.answers, run.injections),
         injections=run.injections,
-        leaks=[*leaks, *left_behind(cluster.run_id, directory, shared_memory)],
+        leaks=[*leaks, *await left_behind(cluster.run_id, directory, shared_memory)],
         unexpected_ends=cluster.unexpected_ends,
     )
     if findings.is_good and not config.keep:
