@@ -12,7 +12,7 @@ from kvrelay.coordinator.admission.capacity import Capacity
 from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.admission.queue import AdmissionQueue, Offer
 from kvrelay.coordinator.admission.ticket import Ticket
-from kvrelay.coordinator.request_flow import FlowRequest
+from kvrelay.coordinator.flow_request import FlowRequest
 from kvrelay.coordinator.request_terms import RequestTerms
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline

@@ -23,13 +23,13 @@ from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.admitting import Admitting
 from kvrelay.coordinator.dispatcher import Dispatcher, DispatcherConfig
 from kvrelay.coordinator.engine_controls import EngineControls
+from kvrelay.coordinator.flow_request import FlowRequest
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.metrics.requests import RequestMetrics
 from kvrelay.coordinator.output_queue import OutputQueue
 from kvrelay.coordinator.output_sink import EngineOutputSink, TokenReceiver
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prompt_limits import MAX_N
-from kvrelay.coordinator.request_flow import FlowRequest
 from kvrelay.coordinator.request_intake import TASKS, RequestIntake
 from kvrelay.coordinator.request_terms import current_terms
 from kvrelay.coordinator.request_trace import RequestTrace

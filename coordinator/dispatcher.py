@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
+from kvrelay.coordinator.flow_request import FlowRequest
 from kvrelay.coordinator.planner import Planned, Planner
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.prompt import IndexedPrompt
-from kvrelay.coordinator.request_flow import FlowRequest, Phase, RequestFlow
+from kvrelay.coordinator.request_flow import Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
-from kvrelay.coordinator.scheduler.decision import Decision
 from kvrelay.coordinator.timeline import RequestTimeline
+from kvrelay.coordinator.token_sink import OutputSink
 from kvrelay.coordinator.waiting_flows import WaitingFlows
 from kvrelay.coordinator.worker_pool import WorkerPool
 from kvrelay.errors import (
@@ -34,28 +34,6 @@ _FAILURES: dict[int, type[KvrelayError]] = {
     worker_pb2.RequestFailed.REASON_INVALID: InvalidRequestError,
     worker_pb2.RequestFailed.REASON_UNAVAILABLE: NoWorkersError,
 }
-
-
-class OutputSink(Protocol):
-    """Where tokens go. Called in the event loop; must not block."""
-
-    def started(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
-        """A request is on its way, after the scheduler has thought for so long."""
-
-    def resume(self, flow: RequestFlow) -> Sequence[str]:
-        """Like `take`, of the tokens that the request had before it came here."""
-
-    def take(self, deltas: Sequence[worker_pb2.TokenDelta]) -> Sequence[str]:
-        """Take the tokens of one message; returns the ids of completions that need no more of them."""
-
-    def replanned(self, flow: RequestFlow, decision: Decision, schedule_s: float) -> None:
-        """What was lost of it goes on elsewhere."""
-
-    def fail(self, completion_ids: Sequence[str], error: KvrelayError) -> None:
-        """No more tokens will come for these."""
-
-    def finished(self, flow: RequestFlow) -> None:
-        """The last completion of a request is over, whichever way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

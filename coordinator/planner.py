@@ -6,9 +6,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from kvrelay.coordinator.flow_request import FlowRequest
 from kvrelay.coordinator.prefix_index.index import PrefixIndex
 from kvrelay.coordinator.prefix_index.prompt import IndexedPrompt
-from kvrelay.coordinator.request_flow import FlowRequest, RequestFlow
+from kvrelay.coordinator.request_flow import RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.base import Scheduler
 from kvrelay.coordinator.scheduler.decision import Decision

@@ -9,9 +9,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreRequest
 
+from kvrelay.coordinator.flow_request import Completion, FlowRequest
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.prompt_limits import check_prompt, check_request, clamp_max_tokens
-from kvrelay.coordinator.request_flow import Completion, FlowRequest
 from kvrelay.coordinator.request_terms import RequestTerms
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling import to_proto

@@ -10,6 +10,7 @@ from typing import Protocol
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from kvrelay.coordinator.flow_request import Completion, FlowRequest
 from kvrelay.coordinator.http_connection import Connection
 from kvrelay.coordinator.http_parameters import CHAT, COMPLETION, check_parameters
 from kvrelay.coordinator.http_routes import Call
@@ -20,7 +21,6 @@ from kvrelay.coordinator.plain_streams.prompts import PlainPrompts
 from kvrelay.coordinator.plain_streams.recipes import Recipe, Recipes
 from kvrelay.coordinator.plain_streams.requests import is_plain
 from kvrelay.coordinator.plain_streams.stream import PlainStream
-from kvrelay.coordinator.request_flow import Completion, FlowRequest
 from kvrelay.coordinator.request_intake import RequestIntake
 from kvrelay.coordinator.request_limits import RequestLimits, bounds_now
 from kvrelay.coordinator.request_terms import current_terms

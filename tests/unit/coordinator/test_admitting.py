@@ -10,7 +10,7 @@ import pytest
 
 from kvrelay.coordinator.admission.config import AdmissionConfig
 from kvrelay.coordinator.admitting import Admitting
-from kvrelay.coordinator.request_flow import Completion, FlowRequest
+from kvrelay.coordinator.flow_request import Completion, FlowRequest
 from kvrelay.coordinator.request_terms import STANDARD_TERMS
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.coordinator.request_flow import Completion, FlowRequest, Phase, RequestFlow
+from kvrelay.coordinator.flow_request import Completion, FlowRequest
+from kvrelay.coordinator.request_flow import Phase, RequestFlow
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.scheduler.decision import Plan
 from kvrelay.coordinator.scheduler.view import WorkerView
