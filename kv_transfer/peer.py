@@ -128,10 +128,6 @@ class Peer:
         """Like `commit`, for a caller that must not wait; nobody learns whether it arrives."""
         self._commit(kv_transfer_pb2.CommitRequest(transfer_id=transfer_id), timeout=_RPC_TIMEOUT_S)
 
-    def withdraw_soon(self, request_id: str) -> None:
-        """The same for an offer whose answer nobody waits for any more."""
-        self._commit(kv_transfer_pb2.CommitRequest(request_id=request_id), timeout=_RPC_TIMEOUT_S)
-
     async def fetch(self, request: kv_transfer_pb2.FetchRequest) -> int:
         """Ask for a prefix; returns how many blocks of it are coming. Raises `PeerError`."""
         try:

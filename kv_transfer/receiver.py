@@ -25,8 +25,6 @@ from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
 _MAX_REMEMBERED = 1 << 14
 """Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
-_COMMITTED_HOLD_S = 5.0
-"""So long blocks wait for their request after the sender is done: it is sent at about that time, or never."""
 _MAX_TRANSFERS = 1 << 12
 """Open at a time. Each remembers up to 1 MiB of hashes."""
 
@@ -50,8 +48,8 @@ class Receiver:
     `copy` and what says so may be called by other threads, which tell the event loop through `post`.
 
     Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nothing has come
-    and nobody has waited for the hold time, a short one after a commit: what a lost cancel or coordinator leaves behind
-    frees itself (`expire`). A block that is complete is a cache entry like any other, whatever becomes of its transfer.
+    and nobody has waited for the hold time: what a lost cancel leaves behind frees itself (`expire`). A block that is
+    complete is a cache entry like any other, whatever becomes of its transfer.
     """
 
     def __init__(
@@ -230,7 +228,6 @@ class Receiver:
             return 0
         transfer.landing.close()
         self._follow()
-        transfer.deadline_s = min(transfer.deadline_s, self._clock() + _COMMITTED_HOLD_S)
         num_missing = len(transfer.slots)
         self._store.release(transfer.slots.values())
         transfer.slots.clear()
@@ -280,17 +277,14 @@ class Receiver:
             self._over.popitem(last=False)
 
     def expire(self) -> int:
-        """Let go of what nobody has fed or waited for within the hold time; returns how many. Unmap senders that left.
-
-        A request that comes later does not wait for it.
-        """
+        """Cancel what nobody has fed or waited for within the hold time; returns how many. Unmap senders that left."""
         self.neighbours.expire()
         now = self._clock()
         late = [
             t.request_id for t in self._transfers.values() if t.deadline_s < now and t.request_id not in self._waiters
         ]
         for request_id in late:
-            self.let_go(request_id)
+            self.cancel(request_id)
         return len(late)
 
     @property

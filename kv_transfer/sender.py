@@ -119,11 +119,7 @@ class Push:
 
     async def _run(self) -> None:
         self._peer = self._find_peer()
-        try:
-            want = await self._peer.offer(self._offer)
-        except asyncio.CancelledError:
-            self._peer.withdraw_soon(self._offer.request_id)
-            raise
+        want = await self._peer.offer(self._offer)
         self.result.refusal = want.reason
         wanted = frozenset(want.blocks)
         self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes

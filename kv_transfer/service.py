@@ -68,9 +68,6 @@ class KvTransferService:
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:
         """See kv_transfer.proto."""
-        if not request.transfer_id:
-            self._receiver.end(request.request_id)
-            return kv_transfer_pb2.CommitResponse()
         return kv_transfer_pb2.CommitResponse(num_missing_blocks=self._receiver.commit(request.transfer_id))
 
     async def fetch(self, request: kv_transfer_pb2.FetchRequest, context: _Context) -> kv_transfer_pb2.FetchResponse:

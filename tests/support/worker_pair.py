@@ -101,20 +101,17 @@ class GatedPushServer(PushServer):
 
 
 class GatedKvService(KvTransferService):
-    """Stops offers, their answers, and frames at gates."""
+    """Stops offers and frames at gates."""
 
     def __init__(self, receiver: Receiver, lend: Callable[[kv_transfer_pb2.FetchRequest], int]) -> None:
         self.frames = Gate()
         self.push_server = GatedPushServer(receiver, self.frames)
         super().__init__(receiver, f"127.0.0.1:{self.push_server.start('127.0.0.1:0')}", lend)
         self.offers = Gate()
-        self.answers = Gate()
 
     async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> kv_transfer_pb2.Want:
         await self.offers.pass_through()
-        want = await super().offer(request, context)
-        await self.answers.pass_through()
-        return want
+        return await super().offer(request, context)
 
 
 @dataclass(slots=True)
@@ -182,13 +179,13 @@ async def open_node(
         node = Node(worker_id, host, kv, steps, address, server)
         try:
             yield node
-            for gate in (kv.offers, kv.answers, kv.frames, steps):
+            for gate in (kv.offers, kv.frames, steps):
                 gate.open()
             await eventually(node.is_idle, f"{worker_id} is idle; {node.status()}")
             usage = node.status().store
             assert usage.num_free + usage.num_evictable + usage.num_granted == usage.num_slots
         finally:
-            for gate in (kv.offers, kv.answers, kv.frames, steps):
+            for gate in (kv.offers, kv.frames, steps):
                 gate.open()
             await server.stop(None)
             await asyncio.to_thread(kv.push_server.stop)

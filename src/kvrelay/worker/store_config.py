@@ -23,7 +23,7 @@ class StoreConfig:
     compression: Compression = Compression.NONE
     """Of frames that leave; fp8 also says that they may come so."""
     transfer_hold_s: float = 60.0
-    """How long received blocks are held for a request that does not come, unless their sender says that it is done."""
+    """How long received blocks are held for a request that does not come."""
     disk_bytes: int = 0
     """Room on disk for blocks that leave the store; 0 for none."""
     disk_path: Path = Path("/var/tmp")  # noqa: S108 - the file has no name

@@ -421,19 +421,6 @@ def test_what_nobody_asks_for_expires(rig: Rig) -> None:
     rig.assert_stored(2)
 
 
-async def test_after_a_commit_blocks_wait_for_their_request_a_short_time_only(rig: Rig) -> None:
-    """It finds them as it finds any others, and does not wait for what will not come."""
-    transfer_id, _ = rig.offer("r", [0, 1])
-    rig.place(transfer_id, 0, content(0))
-    rig.receiver.commit(transfer_id)
-    assert rig.receiver.expire() == 0
-    rig.now = HOLD_S / 2
-    assert rig.receiver.expire() == 1
-    rig.assert_idle()
-    rig.assert_stored(0)
-    assert await rig.receiver.wait_settled("r", timeout_s=60) is None
-
-
 async def test_what_somebody_waits_for_does_not_expire(rig: Rig) -> None:
     transfer_id, _ = rig.offer("r", [0])
     task = await waiting(rig, "r")
