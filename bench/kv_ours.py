@@ -95,7 +95,8 @@ class OurSender(Sender):
         """Offer a block that does not come: the group is made meanwhile."""
         peer = self._peers.get(self._addresses[str(size)])
         offer = kv_transfer_pb2.OfferRequest(request_id="meet", layout=_layout(size), block_hashes=b"\xff" * 16)
-        await peer.commit((await peer.offer(offer)).transfer_id)
+        async with peer.offered(offer) as want:
+            await peer.commit(want.transfer_id)
         async with asyncio.timeout(_TIMEOUT_S):
             while not peer.collecting.is_ready:  # noqa: ASYNC110 - not measured
                 await asyncio.sleep(0.01)

@@ -96,6 +96,10 @@ class TimedDecode:
     def forget(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
 
+    def session(self, coordinator_id: str) -> contextlib.AbstractContextManager[None]:
+        """See `kvrelay.worker.role.DecodeRunner`."""
+        return contextlib.nullcontext()
+
     def end_wait(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from kvrelay.errors import InvalidRequestError
 from kvrelay.kv_transfer.transfer import Transfer
 from kvrelay.v1 import worker_pb2
@@ -65,6 +67,10 @@ class DecodeRole:
     def forget(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""
         self._host.receiver.let_go(request_id)
+
+    def session(self, coordinator_id: str) -> AbstractContextManager[None]:
+        """See `kvrelay.worker.role.DecodeRunner`."""
+        return self._host.receiver.owners.session(coordinator_id)
 
     def end_wait(self, request_id: str) -> None:
         """See `kvrelay.worker.role.DecodeRunner`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias, cast
 
 import grpc
 import structlog
@@ -35,6 +37,8 @@ _IDLE_S = 300.0
 
 _ADDRESS = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 """What a peer may name to be dialled: no other scheme of gRPC's."""
+
+_OfferCall: TypeAlias = "grpc.aio.UnaryStreamCall[kv_transfer_pb2.OfferRequest, kv_transfer_pb2.Want]"
 
 _Way = tuple[str, str]
 """Push address and method: what streams are for."""
@@ -78,7 +82,7 @@ class Peer:
         self.collecting = Collecting(collectives or Collectives(), self._counters, self._hand_on, self._push)
         self._num_streams = num_streams
         self._channel = grpc_options.open_channel(address, own_connection=True)
-        self._offer = self._channel.unary_unary(
+        self._offer = self._channel.unary_stream(
             f"/{SERVICE}/Offer",
             request_serializer=kv_transfer_pb2.OfferRequest.SerializeToString,
             response_deserializer=kv_transfer_pb2.Want.FromString,
@@ -98,16 +102,32 @@ class Peer:
         self._ack_s = time.monotonic()
         self._told: set[str] = set()
 
-    async def offer(self, request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
-        """Raises `PeerError` and `LayoutRefusedError`."""
+    @contextlib.asynccontextmanager
+    async def offered(self, request: kv_transfer_pb2.OfferRequest) -> AsyncIterator[kv_transfer_pb2.Want]:
+        """What the peer wants of an offer. Leaving this without a `commit` before frees what it has reserved.
+
+        Raises `PeerError` and `LayoutRefusedError`.
+        """
         del request.collective[:]
         request.collective.extend(self.collecting.offered())
+        call = cast("_OfferCall", self._offer(request))
         try:
-            want = await self._offer(request, timeout=_RPC_TIMEOUT_S)
+            yield await self._wanted(call)
+        finally:
+            call.cancel()
+
+    async def _wanted(self, call: _OfferCall) -> kv_transfer_pb2.Want:
+        try:
+            async with asyncio.timeout(_RPC_TIMEOUT_S):
+                want = await call.read()
+        except TimeoutError as error:
+            raise PeerError(f"offer to {self.address}: no answer within {_RPC_TIMEOUT_S:g} s") from error
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LayoutRefusedError(error.details()) from error
             raise PeerError(f"offer to {self.address}: {error.code().name}: {error.details()}") from error
+        if not isinstance(want, kv_transfer_pb2.Want):
+            raise PeerError(f"offer to {self.address}: no answer")
         if not _ADDRESS.fullmatch(want.push_address):
             raise PeerError(f"{self.address} names {want.push_address!r} for its blocks, which is not host:port")
         for way in [way for way in self._streams if way[0] != want.push_address]:
@@ -123,10 +143,6 @@ class Peer:
         except grpc.aio.AioRpcError as error:
             raise PeerError(f"commit to {self.address}: {error.code().name}: {error.details()}") from error
         return reply.num_missing_blocks
-
-    def commit_soon(self, transfer_id: int) -> None:
-        """Like `commit`, for a caller that must not wait; nobody learns whether it arrives."""
-        self._commit(kv_transfer_pb2.CommitRequest(transfer_id=transfer_id), timeout=_RPC_TIMEOUT_S)
 
     async def fetch(self, request: kv_transfer_pb2.FetchRequest) -> int:
         """Ask for a prefix; returns how many blocks of it are coming. Raises `PeerError`."""

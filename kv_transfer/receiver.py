@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvrelay.kv_transfer.block_store import BlockStore
 from kvrelay.kv_transfer.frame_decoder import FrameDecoder
-from kvrelay.kv_transfer.landing import Buffer, Landing, LandingClosedError, OverlapError
-from kvrelay.kv_transfer.neighbours import Neighbours, views_of
+from kvrelay.kv_transfer.landing import Landing
+from kvrelay.kv_transfer.neighbours import Neighbours
 from kvrelay.kv_transfer.offers import check_layout, split_hashes
-from kvrelay.kv_transfer.part_shape import EncodingError
+from kvrelay.kv_transfer.owners import Owners
+from kvrelay.kv_transfer.placing import Placing
 from kvrelay.kv_transfer.posting import Post
 from kvrelay.kv_transfer.segment import Segment
-from kvrelay.kv_transfer.transfer import Transfer
+from kvrelay.kv_transfer.transfer import Reservation, Transfer, new_transfer_id
 from kvrelay.kv_transfer.waiters import Waiters
-from kvrelay.kv_transfer.wire import MAX_PAYLOAD_BYTES, FrameHeader, checksum
+from kvrelay.kv_transfer.wire import FrameHeader
 from kvrelay.v1 import cluster_pb2, kv_transfer_pb2
 from kvrelay.v1.kv_transfer_pb2 import FrameAck, LocalRun, LocalSegment
 
@@ -27,16 +27,6 @@ _MAX_REMEMBERED = 1 << 14
 """Requests that need no transfer any more, remembered for an offer or a Decode that comes late."""
 _MAX_TRANSFERS = 1 << 12
 """Open at a time. Each remembers up to 1 MiB of hashes."""
-
-
-class Reservation(NamedTuple):
-    """The answer to an offer."""
-
-    transfer_id: int
-    blocks: list[int]
-    """Indices into the offer of those that are wanted."""
-    reason: str
-    """Why fewer than are missing; empty otherwise."""
 
 
 def _at_once(callback: Callable[..., object], *args: Any) -> None:
@@ -47,9 +37,10 @@ class Receiver:
     """All transfers into one worker's store. Belongs to the worker's event loop; only `place`,
     `copy` and what says so may be called by other threads, which tell the event loop through `post`.
 
-    Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nothing has come
-    and nobody has waited for the hold time: what a lost cancel leaves behind frees itself (`expire`). A block that is
-    complete is a cache entry like any other, whatever becomes of its transfer.
+    Blocks that arrived stay pinned until their requests have pins of their own (`let_go`), or until nobody comes for
+    them: their sender has left without a word (`abandon`), their coordinator has no session here (`owners`), or nothing
+    has come and nobody has waited for the hold time (`expire`). A block that is complete is a cache entry like any
+    other, whatever becomes of its transfer.
     """
 
     def __init__(
@@ -67,19 +58,24 @@ class Receiver:
         self._segment = segment
         self._layout = decoder.layout
         self._layer_bytes = segment.slot_bytes // decoder.layout.num_layers
-        self.max_payload_bytes = max(MAX_PAYLOAD_BYTES, self._layer_bytes)
-        """Of one frame."""
         self._hold_s = hold_s
         self._clock = clock
         self._post = post
         self._transfers: dict[int, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
         self._waiters = Waiters()
+        self.owners = Owners(self._disown)
         self._over: OrderedDict[str, None] = OrderedDict()
         self._decoder = decoder
         self.neighbours = Neighbours(clock=clock)
+        self._placing = Placing(self._transfers, decoder, self.neighbours, layer_bytes=self._layer_bytes)
         self._arrived: deque[tuple[int, Sequence[int], int, int]] = deque()
         """What threads have placed and the event loop has not followed: transfer, blocks, bit set of layers, time."""
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Of one frame."""
+        return self._placing.max_payload_bytes
 
     @property
     def encodings(self) -> Sequence[kv_transfer_pb2.Encoding.ValueType]:
@@ -91,25 +87,31 @@ class Receiver:
         return self.neighbours.meet(local, self._segment.slot_bytes)
 
     def offer(
-        self, request_id: str, layout: cluster_pb2.KvLayout, block_hashes: bytes, *, source: bytes = b""
+        self,
+        request_id: str,
+        layout: cluster_pb2.KvLayout,
+        block_hashes: bytes,
+        *,
+        source: bytes = b"",
+        owner: str = "",
     ) -> Reservation:
         """Reserve slots for what is missing. Raises `OfferError`.
 
-        `source` names the segment of `neighbours` that the blocks may be copied from.
+        `source` names the segment of `neighbours` that the blocks may be copied from, `owner` the coordinator.
         """
         check_layout(layout, self._layout)
         hashes = split_hashes(block_hashes)
         self.cancel(request_id)
         if request_id in self._over:
-            return Reservation(self._new_id(), [], "the request is over, or has begun without them")
+            return Reservation(new_transfer_id(), [], "the request is over, or has begun without them")
         if len(self._transfers) >= _MAX_TRANSFERS:
-            return Reservation(self._new_id(), [], f"{_MAX_TRANSFERS} transfers are open")
+            return Reservation(new_transfer_id(), [], f"{_MAX_TRANSFERS} transfers are open")
         found = [self._store.find(block_hash) for block_hash in hashes]
         present = [slot for slot in found if slot is not None]
         self._store.pin(present)
         missing = [index for index, slot in enumerate(found) if slot is None]
         slots = dict(zip(missing, self._store.reserve(len(missing)), strict=False))
-        transfer_id = self._new_id()
+        transfer_id = new_transfer_id()
         landing = Landing(self._segment, dict(slots), self._layer_bytes, partial(self._note, transfer_id))
         transfer = self._transfers[transfer_id] = Transfer(
             transfer_id,
@@ -121,6 +123,7 @@ class Receiver:
             landing,
             slots,
             pinned=present,
+            owner=owner,
         )
         self._by_request[request_id] = transfer
         wanted = list(transfer.slots)
@@ -134,53 +137,11 @@ class Receiver:
 
         The transfer's last frame tells by itself.
         """
-        transfer = self._transfers.get(header.transfer_id)
-        if transfer is None:
-            return FrameAck.STATUS_STALE
-        if checksum(header, [payload]) != header.checksum:  # Before all else: the header may be what was changed.
-            return FrameAck.STATUS_CORRUPT
-        num_bytes = header.num_blocks * header.num_layers * self._layer_bytes
-        if not transfer.fits(header) or num_bytes > self.max_payload_bytes:  # A short payload may decode to much.
-            return FrameAck.STATUS_REFUSED
-        try:
-            blocks = self._decoder.decode(header, payload)
-        except EncodingError:
-            return FrameAck.STATUS_REFUSED
-        if len(blocks) != num_bytes:
-            return FrameAck.STATUS_REFUSED
-        return self._land(transfer, header, [blocks])
+        return self._placing.place(header, payload)
 
     def copy(self, run: LocalRun) -> FrameAck.Status.ValueType:
         """Like `place`, for a run in the segment of a sender on this machine. Any thread."""
-        transfer = self._transfers.get(run.transfer_id)
-        if transfer is None or (source := self.neighbours.segment(transfer.source)) is None:
-            return FrameAck.STATUS_STALE
-        header = FrameHeader(run.transfer_id, run.first_block, len(run.slots), run.first_layer, run.num_layers)
-        if not transfer.fits(header) or len(run.generations) != len(run.slots):
-            return FrameAck.STATUS_REFUSED
-        if max(run.slots) >= source.num_slots:
-            return FrameAck.STATUS_REFUSED
-        offset, size = run.first_layer * self._layer_bytes, run.num_layers * self._layer_bytes
-        views = views_of(source, run.slots, offset, size)
-        expected = list(run.generations)
-        return self._land(transfer, header, views, lambda: [source.generation(slot) for slot in run.slots] == expected)
-
-    def _land(
-        self,
-        transfer: Transfer,
-        header: FrameHeader,
-        runs: Sequence[Buffer],
-        still_valid: Callable[[], bool] | None = None,
-    ) -> FrameAck.Status.ValueType:
-        try:
-            written = transfer.landing.write(header.first_block, header.layers, runs, still_valid)
-        except LandingClosedError:
-            return FrameAck.STATUS_STALE
-        except OverlapError:
-            return FrameAck.STATUS_REFUSED
-        if written is None:
-            return FrameAck.STATUS_CORRUPT
-        return FrameAck.STATUS_STORED
+        return self._placing.copy(run)
 
     def _note(self, transfer_id: int, blocks: Sequence[int], layers: int, is_last: bool) -> None:
         """Of a thread that has written these blocks, before it lets the landing be closed."""
@@ -219,10 +180,36 @@ class Receiver:
     def stream_broke(self, transfer_ids: Iterable[int]) -> None:
         """With a stream end the transfers that it carried: whoever waits computes the rest at once. Any thread."""
         for transfer_id in transfer_ids:
-            self._post(self.commit, transfer_id)
+            self._post(self._end, transfer_id)
 
     def commit(self, transfer_id: int) -> int:
         """The sender is done; returns how many wanted blocks did not arrive. Their slots are free again."""
+        num_missing = self._end(transfer_id)
+        if transfer := self._transfers.get(transfer_id):
+            transfer.committed = True
+            if self.owners.is_gone(transfer.owner):
+                self._release(transfer)
+        return num_missing
+
+    def abandon(self, transfer_id: int) -> None:
+        """The sender has left. Without a `commit` its request will not go on here either, unless it waits already."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None and not transfer.committed:
+            self._release(transfer)
+
+    def _disown(self, owner: str) -> None:
+        for transfer in [each for each in self._transfers.values() if each.owner == owner]:
+            self._release(transfer)
+
+    def _release(self, transfer: Transfer) -> None:
+        """No more comes, and nobody comes for what is there: whoever waits goes on with it."""
+        is_awaited = transfer.request_id in self._waiters
+        self._end(transfer.transfer_id)
+        if not is_awaited:
+            self.let_go(transfer.request_id)
+
+    def _end(self, transfer_id: int) -> int:
+        """No more comes; returns how many wanted blocks did not arrive."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             return 0
@@ -239,7 +226,7 @@ class Receiver:
         """No more is coming for this request, whether anything has come or not: who waits need not."""
         transfer = self._by_request.get(request_id)
         if transfer is not None:
-            self.commit(transfer.transfer_id)
+            self._end(transfer.transfer_id)
         self._waiters.wake(request_id)
 
     async def wait_settled(self, request_id: str, timeout_s: float) -> Transfer | None:
@@ -294,7 +281,3 @@ class Receiver:
     def _settle(self, transfer: Transfer) -> None:
         transfer.settled = True
         self._waiters.wake(transfer.request_id)
-
-    @staticmethod
-    def _new_id() -> int:
-        return secrets.randbits(63) | 1 << 63

@@ -96,7 +96,7 @@ class Push:
         self._ready.put_nowait(None)
 
     async def run(self) -> PushResult:
-        """Offer, send, commit. No slot is held any more when this ends.
+        """Offer, send, commit. No slot is held any more when this ends; cancelled, it leaves none reserved at the peer.
 
         Raises `LayoutRefusedError` when the two workers do not fit together.
         """
@@ -119,20 +119,17 @@ class Push:
 
     async def _run(self) -> None:
         self._peer = self._find_peer()
-        want = await self._peer.offer(self._offer)
-        self.result.refusal = want.reason
-        wanted = frozenset(want.blocks)
-        self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
-        with self._peer.acks(want, partial(self._on_ack, want)) as used:
-            try:
+        async with self._peer.offered(self._offer) as want:
+            self.result.refusal = want.reason
+            wanted = frozenset(want.blocks)
+            self.result.num_wanted_bytes = len(wanted) * self._segment.slot_bytes
+            with self._peer.acks(want, partial(self._on_ack, want)) as used:
                 await self._send_all(want, wanted)
-            except BaseException:
-                self._peer.commit_soon(want.transfer_id)
-                raise
-            self.result.transport = "+".join(used)
-            self._drop_orders()  # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
-            # Also after a failure: the peer need not wait any longer.
-            self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
+                self.result.transport = "+".join(used)
+                # A peer that is stalled takes its time to answer, and gets no more frames meanwhile.
+                self._drop_orders()
+                # Also after a failure: the peer need not wait any longer.
+                self.result.num_missing_blocks = await self._peer.commit(want.transfer_id)
 
     async def _send_all(self, want: kv_transfer_pb2.Want, wanted: Collection[int]) -> None:
         finished = False

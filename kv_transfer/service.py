@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class KvTransferService:
         self._lend = lend
         self._push_address = push_address
 
-    async def offer(self, request: kv_transfer_pb2.OfferRequest, context: _Context) -> kv_transfer_pb2.Want:
+    async def offer(self, request: kv_transfer_pb2.OfferRequest, context: _Context) -> None:
         """See kv_transfer.proto."""
         receiver = self._receiver
         local = self._maps_memory and receiver.meet(request.local)
@@ -51,12 +52,13 @@ class KvTransferService:
                 request.layout,
                 request.block_hashes,
                 source=request.local.proof if local else b"",
+                owner=request.coordinator_id,
             )
         except LayoutMismatchError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except OfferError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        return kv_transfer_pb2.Want(
+        want = kv_transfer_pb2.Want(
             transfer_id=reservation.transfer_id,
             blocks=reservation.blocks,
             reason=reservation.reason,
@@ -65,6 +67,11 @@ class KvTransferService:
             encodings=receiver.encodings,
             collective=invitation,
         )
+        try:
+            await context.write(want)
+            await asyncio.Event().wait()  # Until the sender ends the call, or its connection does, or this server.
+        finally:
+            receiver.abandon(reservation.transfer_id)
 
     async def commit(self, request: kv_transfer_pb2.CommitRequest, context: _Context) -> kv_transfer_pb2.CommitResponse:
         """See kv_transfer.proto."""
@@ -86,7 +93,7 @@ class KvTransferService:
 def add_to_server(service: KvTransferService, server: grpc.aio.Server) -> None:
     """Register the handlers."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Offer": grpc.unary_unary_rpc_method_handler(
+        "Offer": grpc.unary_stream_rpc_method_handler(
             service.offer,
             request_deserializer=kv_transfer_pb2.OfferRequest.FromString,
             response_serializer=kv_transfer_pb2.Want.SerializeToString,

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvrelay.kv_transfer.landing import Landing
 from kvrelay.kv_transfer.wire import FrameHeader
+
+
+class Reservation(NamedTuple):
+    """The answer to an offer."""
+
+    transfer_id: int
+    blocks: list[int]
+    """Indices into the offer of those that are wanted."""
+    reason: str
+    """Why fewer than are missing; empty otherwise."""
+
+
+def new_transfer_id() -> int:
+    """Random, and never 0."""
+    return secrets.randbits(63) | 1 << 63
 
 
 @dataclass(slots=True)
@@ -29,6 +46,10 @@ class Transfer:
     """Ready slots held for the request, in the offer's order as they came."""
     settled: bool = False
     """Whether no more is coming."""
+    committed: bool = False
+    """Whether the sender has said so: its request goes on, and comes for the blocks."""
+    owner: str = ""
+    """The coordinator whose request it is."""
     received_bytes: int = 0
     received_blocks: int = 0
     last_frame_unix_ns: int = 0

@@ -76,6 +76,7 @@ class PrefillRole:
             block_hashes=b"".join(hashes),
             trace=span.context,
             local=host.local_segment,
+            coordinator_id=request.coordinator_id,
         )
         return Push(partial(host.peers.get, request.decode_address), host.segment, offer, host.store)
 

@@ -380,7 +380,7 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
             grpc.aio.insecure_channel(server.address) as channel,
             grpc.aio.insecure_channel(server.push_address) as push_channel,
         ):
-            offer = channel.unary_unary(
+            offer = channel.unary_stream(
                 f"/{SERVICE}/Offer",
                 request_serializer=kv_transfer_pb2.OfferRequest.SerializeToString,
                 response_deserializer=kv_transfer_pb2.Want.FromString,
@@ -390,9 +390,15 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
                 request_serializer=kv_transfer_pb2.Frame.SerializeToString,
                 response_deserializer=kv_transfer_pb2.FrameAcks.FromString,
             )
-            want = await offer(
+            commit = channel.unary_unary(
+                f"/{SERVICE}/Commit",
+                request_serializer=kv_transfer_pb2.CommitRequest.SerializeToString,
+                response_deserializer=kv_transfer_pb2.CommitResponse.FromString,
+            )
+            offering = offer(
                 kv_transfer_pb2.OfferRequest(request_id="r", layout=receiver.layout, block_hashes=block_name(1))
             )
+            want = await anext(aiter(offering))
             # As kv_transfer.proto says, without our own code.
             fields = (want.transfer_id, 0, 1, 0, LAYERS, 1, 0, 0)
             seed = xxhash.xxh3_64_intdigest(b"".join(value.to_bytes(8, "little") for value in fields))
@@ -407,6 +413,9 @@ async def test_a_protobuf_client_of_any_language_is_a_valid_sender() -> None:
             acks = [
                 ack async for answer in push(iter([frame, kv_transfer_pb2.Frame(is_last=True)])) for ack in answer.acks
             ]
+            committed = await commit(kv_transfer_pb2.CommitRequest(transfer_id=want.transfer_id))
+            assert committed.num_missing_blocks == 0
+            offering.cancel()
         assert [ack.status for ack in acks] == [kv_transfer_pb2.FrameAck.STATUS_STORED]
         assert receiver.holds(1)
         receiver.receiver.let_go("r")

@@ -164,7 +164,6 @@ async def test_a_source_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPa
                 return 0
 
             monkeypatch.setattr(Peer, "commit", unsaid)
-            monkeypatch.setattr(Peer, "commit_soon", lambda _peer, _transfer_id: None)
             await pair.d.host.peers.close()
             async with asyncio.timeout(5):
                 await waiting

@@ -54,6 +54,11 @@ class KvChild:
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    async def kill(self) -> None:
+        """SIGKILL; it is gone when this returns."""
+        self._process.kill()
+        await self._process.wait()
+
     def private_bytes(self) -> int:
         """Memory of its own: the shared segment is not in it."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
@@ -72,7 +77,8 @@ class KvChild:
 
 @contextlib.asynccontextmanager
 async def kv_child(kind: str, num_blocks: int) -> AsyncIterator[KvChild]:
-    """A "sender" or a "receiver" with room for so many blocks. It must end in order, with nothing in flight."""
+    """A "sender" or a "receiver" with room for so many blocks. Unless it is killed, it must end in order, with nothing
+    in flight."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.kv_process", kind, str(num_blocks)),
         stdin=asyncio.subprocess.PIPE,
@@ -83,7 +89,8 @@ async def kv_child(kind: str, num_blocks: int) -> AsyncIterator[KvChild]:
     child = KvChild(process)
     try:
         yield child
-        await child.end()
+        if process.returncode is None:
+            await child.end()
     finally:
         if process.returncode is None:
             process.kill()

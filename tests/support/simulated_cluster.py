@@ -42,11 +42,9 @@ class SimulatedWorker:
     info: cluster_pb2.WorkerInfo
     host: WorkerHost
     server: grpc.aio.Server
-    is_lost: bool = False
 
     async def lose(self) -> None:
         """Its coordinators lose it, now and for good."""
-        self.is_lost = True
         await self.server.stop(None)
 
 
@@ -61,11 +59,8 @@ class SimulatedCluster:
         return next(worker for worker in self.workers if worker.info.worker_id == worker_id)
 
     async def wait_idle(self) -> None:
-        """Until nothing of any request is left on a worker; times out if something stays.
-
-        A lost one keeps blocks that were on their way to it until their deadline.
-        """
-        await until(lambda: all(_is_idle(worker) for worker in self.workers if not worker.is_lost))
+        """Until nothing of any request is left on a worker, lost or not; times out if something stays."""
+        await until(lambda: all(map(_is_idle, self.workers)))
 
 
 @contextlib.asynccontextmanager

@@ -109,9 +109,9 @@ class GatedKvService(KvTransferService):
         super().__init__(receiver, f"127.0.0.1:{self.push_server.start('127.0.0.1:0')}", lend)
         self.offers = Gate()
 
-    async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> kv_transfer_pb2.Want:
+    async def offer(self, request: kv_transfer_pb2.OfferRequest, context: Any) -> None:
         await self.offers.pass_through()
-        return await super().offer(request, context)
+        await super().offer(request, context)
 
 
 @dataclass(slots=True)

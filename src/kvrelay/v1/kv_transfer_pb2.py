@@ -26,47 +26,47 @@ from kvrelay.v1 import cluster_pb2 as kvrelay_dot_v1_dot_cluster__pb2
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvrelay/v1/kv_transfer.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\x98\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x01(\x0c\x12\'\n\x05trace\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\"#\n\rFetchResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"\xe9\x01\n\x0cOfferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x01(\x0c\x12\'\n\x05trace\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\'\n\x05local\x18\x06 \x01(\x0b\x32\x18.kvrelay.v1.LocalSegment\x12\x31\n\ncollective\x18\x07 \x03(\x0e\x32\x1d.kvrelay.v1.CollectiveBackendJ\x04\x08\x02\x10\x03\"+\n\x0cLocalSegment\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\xbf\x01\n\x04Want\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\r\n\x05local\x18\x04 \x01(\x08\x12\'\n\tencodings\x18\x05 \x03(\x0e\x32\x14.kvrelay.v1.Encoding\x12\x34\n\ncollective\x18\x06 \x01(\x0b\x32 .kvrelay.v1.CollectiveInvitation\x12\x0e\n\x06reason\x18\x07 \x01(\t\"l\n\x14\x43ollectiveInvitation\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.kvrelay.v1.CollectiveBackend\x12\x15\n\rstore_address\x18\x02 \x01(\t\x12\r\n\x05world\x18\x03 \x01(\x06\"\xdb\x01\n\x05\x46rame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x0f\n\x07\x61\x63k_now\x18\x08 \x01(\x08\x12&\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x14.kvrelay.v1.Encoding\x12\x0f\n\x07is_last\x18\n \x01(\x08\"\x92\x01\n\x08LocalRun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x03(\r\x12\x13\n\x0bgenerations\x18\x06 \x03(\x06\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\"\xd5\x01\n\nCollectRun\x12*\n\x05group\x18\x01 \x01(\x0b\x32\x1b.kvrelay.v1.CollectiveGroup\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07is_last\x18\t \x01(\x08\"h\n\x0f\x43ollectiveGroup\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.kvrelay.v1.CollectiveBackend\x12\x10\n\x08group_id\x18\x02 \x01(\x06\x12\x13\n\x0bsender_host\x18\x03 \x01(\t\"\x9e\x02\n\x08\x46rameAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12+\n\x06status\x18\x04 \x01(\x0e\x32\x1b.kvrelay.v1.FrameAck.Status\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\"~\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x11\n\rSTATUS_STORED\x10\x01\x12\x12\n\x0eSTATUS_CORRUPT\x10\x02\x12\x10\n\x0cSTATUS_STALE\x10\x03\x12\x12\n\x0eSTATUS_REFUSED\x10\x04\x12\x0f\n\x0bSTATUS_LOST\x10\x05\"/\n\tFrameAcks\x12\"\n\x04\x61\x63ks\x18\x01 \x03(\x0b\x32\x14.kvrelay.v1.FrameAck\"$\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\",\n\x0e\x43ommitResponse\x12\x1a\n\x12num_missing_blocks\x18\x01 \x01(\r*q\n\x11\x43ollectiveBackend\x12\"\n\x1e\x43OLLECTIVE_BACKEND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OLLECTIVE_BACKEND_GLOO\x10\x01\x12\x1b\n\x17\x43OLLECTIVE_BACKEND_NCCL\x10\x02*M\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NCODING_LOSSLESS\x10\x01\x12\x10\n\x0c\x45NCODING_FP8\x10\x02\x32\xed\x02\n\nKvTransfer\x12\x33\n\x05Offer\x12\x18.kvrelay.v1.OfferRequest\x1a\x10.kvrelay.v1.Want\x12\x34\n\x04Push\x12\x11.kvrelay.v1.Frame\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12\x37\n\x04\x43opy\x12\x14.kvrelay.v1.LocalRun\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12<\n\x07\x43ollect\x12\x16.kvrelay.v1.CollectRun\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12?\n\x06\x43ommit\x12\x19.kvrelay.v1.CommitRequest\x1a\x1a.kvrelay.v1.CommitResponse\x12<\n\x05\x46\x65tch\x12\x18.kvrelay.v1.FetchRequest\x1a\x19.kvrelay.v1.FetchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvrelay/v1/kv_transfer.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\x98\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x01(\x0c\x12\'\n\x05trace\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\"#\n\rFetchResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"\x81\x02\n\x0cOfferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x01(\x0c\x12\'\n\x05trace\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\'\n\x05local\x18\x06 \x01(\x0b\x32\x18.kvrelay.v1.LocalSegment\x12\x31\n\ncollective\x18\x07 \x03(\x0e\x32\x1d.kvrelay.v1.CollectiveBackend\x12\x16\n\x0e\x63oordinator_id\x18\x08 \x01(\tJ\x04\x08\x02\x10\x03\"+\n\x0cLocalSegment\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\xbf\x01\n\x04Want\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\r\n\x05local\x18\x04 \x01(\x08\x12\'\n\tencodings\x18\x05 \x03(\x0e\x32\x14.kvrelay.v1.Encoding\x12\x34\n\ncollective\x18\x06 \x01(\x0b\x32 .kvrelay.v1.CollectiveInvitation\x12\x0e\n\x06reason\x18\x07 \x01(\t\"l\n\x14\x43ollectiveInvitation\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.kvrelay.v1.CollectiveBackend\x12\x15\n\rstore_address\x18\x02 \x01(\t\x12\r\n\x05world\x18\x03 \x01(\x06\"\xdb\x01\n\x05\x46rame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x0f\n\x07\x61\x63k_now\x18\x08 \x01(\x08\x12&\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x14.kvrelay.v1.Encoding\x12\x0f\n\x07is_last\x18\n \x01(\x08\"\x92\x01\n\x08LocalRun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x03(\r\x12\x13\n\x0bgenerations\x18\x06 \x03(\x06\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\"\xd5\x01\n\nCollectRun\x12*\n\x05group\x18\x01 \x01(\x0b\x32\x1b.kvrelay.v1.CollectiveGroup\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07is_last\x18\t \x01(\x08\"h\n\x0f\x43ollectiveGroup\x12.\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x1d.kvrelay.v1.CollectiveBackend\x12\x10\n\x08group_id\x18\x02 \x01(\x06\x12\x13\n\x0bsender_host\x18\x03 \x01(\t\"\x9e\x02\n\x08\x46rameAck\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12+\n\x06status\x18\x04 \x01(\x0e\x32\x1b.kvrelay.v1.FrameAck.Status\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\"~\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x11\n\rSTATUS_STORED\x10\x01\x12\x12\n\x0eSTATUS_CORRUPT\x10\x02\x12\x10\n\x0cSTATUS_STALE\x10\x03\x12\x12\n\x0eSTATUS_REFUSED\x10\x04\x12\x0f\n\x0bSTATUS_LOST\x10\x05\"/\n\tFrameAcks\x12\"\n\x04\x61\x63ks\x18\x01 \x03(\x0b\x32\x14.kvrelay.v1.FrameAck\"$\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\",\n\x0e\x43ommitResponse\x12\x1a\n\x12num_missing_blocks\x18\x01 \x01(\r*q\n\x11\x43ollectiveBackend\x12\"\n\x1e\x43OLLECTIVE_BACKEND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OLLECTIVE_BACKEND_GLOO\x10\x01\x12\x1b\n\x17\x43OLLECTIVE_BACKEND_NCCL\x10\x02*M\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NCODING_LOSSLESS\x10\x01\x12\x10\n\x0c\x45NCODING_FP8\x10\x02\x32\xef\x02\n\nKvTransfer\x12\x35\n\x05Offer\x12\x18.kvrelay.v1.OfferRequest\x1a\x10.kvrelay.v1.Want0\x01\x12\x34\n\x04Push\x12\x11.kvrelay.v1.Frame\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12\x37\n\x04\x43opy\x12\x14.kvrelay.v1.LocalRun\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12<\n\x07\x43ollect\x12\x16.kvrelay.v1.CollectRun\x1a\x15.kvrelay.v1.FrameAcks(\x01\x30\x01\x12?\n\x06\x43ommit\x12\x19.kvrelay.v1.CommitRequest\x1a\x1a.kvrelay.v1.CommitResponse\x12<\n\x05\x46\x65tch\x12\x18.kvrelay.v1.FetchRequest\x1a\x19.kvrelay.v1.FetchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COLLECTIVEBACKEND']._serialized_start=1987
-  _globals['_COLLECTIVEBACKEND']._serialized_end=2100
-  _globals['_ENCODING']._serialized_start=2102
-  _globals['_ENCODING']._serialized_end=2179
+  _globals['_COLLECTIVEBACKEND']._serialized_start=2011
+  _globals['_COLLECTIVEBACKEND']._serialized_end=2124
+  _globals['_ENCODING']._serialized_start=2126
+  _globals['_ENCODING']._serialized_end=2203
   _globals['_FETCHREQUEST']._serialized_start=96
   _globals['_FETCHREQUEST']._serialized_end=248
   _globals['_FETCHRESPONSE']._serialized_start=250
   _globals['_FETCHRESPONSE']._serialized_end=285
   _globals['_OFFERREQUEST']._serialized_start=288
-  _globals['_OFFERREQUEST']._serialized_end=521
-  _globals['_LOCALSEGMENT']._serialized_start=523
-  _globals['_LOCALSEGMENT']._serialized_end=566
-  _globals['_WANT']._serialized_start=569
-  _globals['_WANT']._serialized_end=760
-  _globals['_COLLECTIVEINVITATION']._serialized_start=762
-  _globals['_COLLECTIVEINVITATION']._serialized_end=870
-  _globals['_FRAME']._serialized_start=873
-  _globals['_FRAME']._serialized_end=1092
-  _globals['_LOCALRUN']._serialized_start=1095
-  _globals['_LOCALRUN']._serialized_end=1241
-  _globals['_COLLECTRUN']._serialized_start=1244
-  _globals['_COLLECTRUN']._serialized_end=1457
-  _globals['_COLLECTIVEGROUP']._serialized_start=1459
-  _globals['_COLLECTIVEGROUP']._serialized_end=1563
-  _globals['_FRAMEACK']._serialized_start=1566
-  _globals['_FRAMEACK']._serialized_end=1852
-  _globals['_FRAMEACK_STATUS']._serialized_start=1726
-  _globals['_FRAMEACK_STATUS']._serialized_end=1852
-  _globals['_FRAMEACKS']._serialized_start=1854
-  _globals['_FRAMEACKS']._serialized_end=1901
-  _globals['_COMMITREQUEST']._serialized_start=1903
-  _globals['_COMMITREQUEST']._serialized_end=1939
-  _globals['_COMMITRESPONSE']._serialized_start=1941
-  _globals['_COMMITRESPONSE']._serialized_end=1985
-  _globals['_KVTRANSFER']._serialized_start=2182
-  _globals['_KVTRANSFER']._serialized_end=2547
+  _globals['_OFFERREQUEST']._serialized_end=545
+  _globals['_LOCALSEGMENT']._serialized_start=547
+  _globals['_LOCALSEGMENT']._serialized_end=590
+  _globals['_WANT']._serialized_start=593
+  _globals['_WANT']._serialized_end=784
+  _globals['_COLLECTIVEINVITATION']._serialized_start=786
+  _globals['_COLLECTIVEINVITATION']._serialized_end=894
+  _globals['_FRAME']._serialized_start=897
+  _globals['_FRAME']._serialized_end=1116
+  _globals['_LOCALRUN']._serialized_start=1119
+  _globals['_LOCALRUN']._serialized_end=1265
+  _globals['_COLLECTRUN']._serialized_start=1268
+  _globals['_COLLECTRUN']._serialized_end=1481
+  _globals['_COLLECTIVEGROUP']._serialized_start=1483
+  _globals['_COLLECTIVEGROUP']._serialized_end=1587
+  _globals['_FRAMEACK']._serialized_start=1590
+  _globals['_FRAMEACK']._serialized_end=1876
+  _globals['_FRAMEACK_STATUS']._serialized_start=1750
+  _globals['_FRAMEACK_STATUS']._serialized_end=1876
+  _globals['_FRAMEACKS']._serialized_start=1878
+  _globals['_FRAMEACKS']._serialized_end=1925
+  _globals['_COMMITREQUEST']._serialized_start=1927
+  _globals['_COMMITREQUEST']._serialized_end=1963
+  _globals['_COMMITRESPONSE']._serialized_start=1965
+  _globals['_COMMITRESPONSE']._serialized_end=2009
+  _globals['_KVTRANSFER']._serialized_start=2206
+  _globals['_KVTRANSFER']._serialized_end=2573
 # @@protoc_insertion_point(module_scope)

@@ -129,9 +129,14 @@ class OfferRequest(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
     COLLECTIVE_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     block_hashes: _builtins.bytes
     """The chained hashes of the request's blocks, 16 bytes each, first block first."""
+    coordinator_id: _builtins.str
+    """Whose request it is. Blocks that are committed are let go of when this coordinator has no session with the receiver
+    any more. Empty: the receiver has asked for the blocks itself.
+    """
     @_builtins.property
     def layout(self) -> _cluster_pb2.KvLayout: ...
     @_builtins.property
@@ -153,10 +158,11 @@ class OfferRequest(_message.Message):
         trace: _common_pb2.TraceContext | None = ...,
         local: Global___LocalSegment | None = ...,
         collective: _abc.Iterable[Global___CollectiveBackend.ValueType] | None = ...,
+        coordinator_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "local", b"local", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "collective", b"collective", "layout", b"layout", "local", b"local", "request_id", b"request_id", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "collective", b"collective", "coordinator_id", b"coordinator_id", "layout", b"layout", "local", b"local", "request_id", b"request_id", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,7 @@ class KvTransferStub(object):
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
     <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
+    (end of Offer)         ------>
     """
 
     def __init__(self, channel):
@@ -42,7 +43,7 @@ class KvTransferStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Offer = channel.unary_unary(
+        self.Offer = channel.unary_stream(
                 '/kvrelay.v1.KvTransfer/Offer',
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Want.FromString,
@@ -83,10 +84,13 @@ class KvTransferServicer(object):
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
     <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
+    (end of Offer)         ------>
     """
 
     def Offer(self, request, context):
-        """FAILED_PRECONDITION when the two layouts differ; the message prints both.
+        """The answer is one Want. The stream stays open as long as the sender has to do with the transfer: the receiver frees
+        what it has for it when the stream ends without a Commit before, as it does with a connection, or a process.
+        FAILED_PRECONDITION when the two layouts differ; the message prints both.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +142,7 @@ class KvTransferServicer(object):
 
 def add_KvTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Offer': grpc.unary_unary_rpc_method_handler(
+            'Offer': grpc.unary_stream_rpc_method_handler(
                     servicer.Offer,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.Want.SerializeToString,
@@ -185,6 +189,7 @@ class KvTransfer(object):
     Push(Frame, Frame, ...) ----->  checks and places each run of blocks
     <------  FrameAcks, when a frame asks for them
     Commit                 ------>  no more is coming; what is missing will be computed
+    (end of Offer)         ------>
     """
 
     @staticmethod
@@ -198,7 +203,7 @@ class KvTransfer(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/kvrelay.v1.KvTransfer/Offer',

@@ -35,14 +35,18 @@ class KvTransferStub:
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
                                <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
+        (end of Offer)         ------>
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
-    Offer: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]
-    """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
+    Offer: _grpc.UnaryStreamMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]
+    """The answer is one Want. The stream stays open as long as the sender has to do with the transfer: the receiver frees
+    what it has for it when the stream ends without a Commit before, as it does with a connection, or a process.
+    FAILED_PRECONDITION when the two layouts differ; the message prints both.
+    """
     Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
@@ -76,11 +80,15 @@ class KvTransferAsyncStub(KvTransferStub):
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
                                <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
+        (end of Offer)         ------>
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Offer: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]  # type: ignore[assignment]
-    """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
+    Offer: _aio.UnaryStreamMultiCallable[_kv_transfer_pb2.OfferRequest, _kv_transfer_pb2.Want]  # type: ignore[assignment]
+    """The answer is one Want. The stream stays open as long as the sender has to do with the transfer: the receiver frees
+    what it has for it when the stream ends without a Commit before, as it does with a connection, or a process.
+    FAILED_PRECONDITION when the two layouts differ; the message prints both.
+    """
     Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.Frame, _kv_transfer_pb2.FrameAcks]  # type: ignore[assignment]
     """Served at the address that Want names, by threads of its own. A stream carries the frames of many
     transfers, and those of one transfer may come over several streams. Flow control is the back pressure.
@@ -113,6 +121,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         Push(Frame, Frame, ...) ----->  checks and places each run of blocks
                                <------  FrameAcks, when a frame asks for them
         Commit                 ------>  no more is coming; what is missing will be computed
+        (end of Offer)         ------>
     """
 
     @_abc_1.abstractmethod
@@ -120,8 +129,11 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _kv_transfer_pb2.OfferRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_kv_transfer_pb2.Want, _abc.Awaitable[_kv_transfer_pb2.Want]]:
-        """FAILED_PRECONDITION when the two layouts differ; the message prints both."""
+    ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.Want], _abc.AsyncIterator[_kv_transfer_pb2.Want]]:
+        """The answer is one Want. The stream stays open as long as the sender has to do with the transfer: the receiver frees
+        what it has for it when the stream ends without a Commit before, as it does with a connection, or a process.
+        FAILED_PRECONDITION when the two layouts differ; the message prints both.
+        """
 
     @_abc_1.abstractmethod
     def Push(

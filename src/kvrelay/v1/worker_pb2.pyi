@@ -186,6 +186,7 @@ class Prefill(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     PREFIX_ADDRESS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the cluster; the Decodes of this prompt name it."""
     cache_salt: _builtins.str
@@ -201,6 +202,8 @@ class Prefill(_message.Message):
     """From its arrival: how long the coordinator wants the answer. Then the worker ends it by itself and frees what it has,
     whether a Cancel comes or not. 0: until it is cancelled.
     """
+    coordinator_id: _builtins.str
+    """Filled in by the worker: of the session that it came over."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -220,10 +223,11 @@ class Prefill(_message.Message):
         trace: _common_pb2.TraceContext | None = ...,
         prefix_address: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        coordinator_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "coordinator_id", b"coordinator_id", "decode_address", b"decode_address", "decode_worker_id", b"decode_worker_id", "prefix_address", b"prefix_address", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvrelay.v1 import worker_pb2
@@ -29,6 +30,9 @@ class DecodeRunner(Protocol):
 
     def forget(self, request_id: str) -> None:
         """The request is cancelled, perhaps before its `Decode` came: let go of blocks received for it."""
+
+    def session(self, coordinator_id: str) -> AbstractContextManager[None]:
+        """Around a session of this coordinator: only then may its requests come for blocks that are received."""
 
     def end_wait(self, request_id: str) -> None:
         """No more blocks come for the Prefill of this id: who waits for them goes on with what there is."""

@@ -63,18 +63,26 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         hello = await anext(request_iterator, None)
         if hello is None or hello.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is hello")
-        with self._session(hello.hello.coordinator_id):
+        coordinator_id = hello.hello.coordinator_id
+        with self._session(coordinator_id), self._decode.session(coordinator_id):
             own_hello = worker_pb2.WorkerHello(worker=self._record.info, heartbeat_ms=self._heartbeat.interval_ms)
             await context.write(worker_pb2.WorkerMessage(hello=own_hello))
             silence = self._heartbeat.silence_of(hello.hello.heartbeat_ms)
-            session = Session(self._prefill, self._decode, self._status, heartbeat=self._heartbeat, silence=silence)
+            session = Session(
+                self._prefill,
+                self._decode,
+                self._status,
+                coordinator_id=coordinator_id,
+                heartbeat=self._heartbeat,
+                silence=silence,
+            )
             broken: BaseException | None = None
             try:
                 await session.run(request_iterator, context.write)
             except* (OutboxFullError, SilentError) as group:
                 broken = first_leaf(group)
             if broken is not None:
-                _log.error("session ended", coordinator_id=hello.hello.coordinator_id, reason=str(broken))
+                _log.error("session ended", coordinator_id=coordinator_id, reason=str(broken))
                 await context.abort(_STATUSES[type(broken)], str(broken))
 
     @contextlib.contextmanager

@@ -37,6 +37,7 @@ class Session:
         decode: DecodeRunner,
         status: Callable[[], worker_pb2.WorkerStatus],
         *,
+        coordinator_id: str = "",
         outbox: Outbox | None = None,
         heartbeat: HeartbeatConfig = DEFAULT_HEARTBEAT,
         silence: Silence | None = None,
@@ -45,6 +46,7 @@ class Session:
         self._prefill = prefill
         self._decode = decode
         self._status = status
+        self._coordinator_id = coordinator_id
         self._jobs: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._outbox = outbox or Outbox()
         self._heartbeat_s = heartbeat.interval_s
@@ -92,6 +94,7 @@ class Session:
     def _handle(self, message: worker_pb2.CoordinatorMessage, tasks: asyncio.TaskGroup) -> None:
         match message.WhichOneof("message"):
             case "prefill":
+                message.prefill.coordinator_id = self._coordinator_id
                 prefill = partial(self._prefill.prefill, message.prefill, self._add_delta)
                 self._start("prefill", message.prefill, prefill, tasks)
             case "decode":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -84,13 +85,11 @@ async def test_a_push_that_is_cancelled_frees_the_slots_at_its_receiver_at_once(
             with pytest.raises(asyncio.CancelledError):
                 await running
             assert source.store.usage().num_pinned == 0
-            # No frame is taken, and no stream ends: only the commit can have said it.
-            await eventually(lambda: receiver.store.usage().num_reserved == 0, "the receiver's slots are free")
+            # No frame is taken, and no stream of frames ends: only the end of the offer can have said it.
+            await eventually(lambda: not receiver.receiver.num_transfers, "the receiver's slots are free")
+            receiver.assert_idle()
             async with asyncio.timeout(5):
-                transfer = await receiver.receiver.wait_settled("r", 60)
-            assert transfer is not None
-            assert transfer.received_blocks == 0
-            receiver.receiver.let_go("r")
+                assert await receiver.receiver.wait_settled("r", 60) is None, "it is over"
             gated.go_on.set()
 
 
@@ -100,14 +99,16 @@ async def test_an_id_that_another_transfer_has_ends_the_push_and_not_the_other(
     with side() as source, side() as receiver:
         async with kv_server(receiver.receiver, gated) as server, open_peers() as peers:
             peer = peers.get(server.address)
-            offer = peer.offer
+            offered = peer.offered
             answers: list[kv_transfer_pb2.Want] = []
 
-            async def first_answer_again(request: kv_transfer_pb2.OfferRequest) -> kv_transfer_pb2.Want:
-                answers.append(answers[0] if answers else await offer(request))
-                return answers[-1]
+            @asynccontextmanager
+            async def first_answer_again(request: kv_transfer_pb2.OfferRequest) -> AsyncIterator[kv_transfer_pb2.Want]:
+                async with offered(request) as want:
+                    answers.append(answers[0] if answers else want)
+                    yield answers[-1]
 
-            monkeypatch.setattr(peer, "offer", first_answer_again)
+            monkeypatch.setattr(peer, "offered", first_answer_again)
             first, second = (push_of(source, peer, request_id, [1, 2]) for request_id in ("first", "second"))
             for push in (first, second):
                 for index, slot in enumerate(source.put([1, 2])):

@@ -11,8 +11,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from kvrelay.kv_transfer import frame_order, push_server
-from kvrelay.kv_transfer import receiver as receiver_module
+from kvrelay.kv_transfer import frame_order, placing, push_server
 from kvrelay.kv_transfer.push_server import PushServer
 from kvrelay.kv_transfer.sender import Push
 from kvrelay.kv_transfer.wire import MAX_PAYLOAD_BYTES, SERVICE, FrameHeader, encode_frame
@@ -127,7 +126,7 @@ async def test_a_stream_too_many_is_refused_and_costs_its_sender_one_push(
 async def test_a_message_beyond_any_legal_frame_ends_its_stream_and_no_other(
     payload_bytes: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (frame_order, receiver_module):
+    for module in (frame_order, placing):
         monkeypatch.setattr(module, "MAX_PAYLOAD_BYTES", payload_bytes)
     with side() as source, side() as receiver:
         async with kv_server(receiver.receiver) as server, open_peers() as peers:

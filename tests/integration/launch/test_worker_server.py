@@ -52,10 +52,10 @@ async def push_address(worker: Served, host: WorkerHost) -> str:
     peer = Peer(worker.record.info.address.replace("outside", "127.0.0.1"), worker.record.info.layout)
     try:
         offer = kv_transfer_pb2.OfferRequest(request_id="r", layout=host.info.layout, block_hashes=bytes(16))
-        return (await peer.offer(offer)).push_address
+        async with peer.offered(offer) as want:
+            return want.push_address
     finally:
         await peer.close()
-        host.receiver.let_go("r")
 
 
 @pytest.mark.parametrize(

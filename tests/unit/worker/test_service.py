@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, cast
@@ -31,6 +32,9 @@ class Talkative:
 
     def forget(self, request_id: str) -> None:
         """Nothing was received."""
+
+    def session(self, coordinator_id: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class AbortedError(Exception):
