@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvrelay import default_addresses
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
+from kvrelay.coordinator.connection_limits import ConnectionLimits
 from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.http_serving import ServingOptions
 from kvrelay.coordinator.request_limits import RequestLimits
@@ -34,6 +35,7 @@ class CoordinatorConfig:
     cost: CostConfig = field(default_factory=CostConfig)
     engine: ClusterEngineConfig = field(default_factory=ClusterEngineConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     serving: ServingOptions = field(default_factory=ServingOptions)
     """Templates and parsers of the OpenAI API."""
     max_queued_messages: int = 4096

@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
 
+from kvrelay.coordinator.connection_limits import ConnectionLimits
 from kvrelay.coordinator.http_connection import StreamProtocol
 
 BACKLOG = 2048
+DEFAULT_LIMITS = ConnectionLimits()
 
 
 class _Server(uvicorn.Server):
@@ -46,10 +49,12 @@ class _Server(uvicorn.Server):
             connection.setblocking(False)
             await loop.connect_accepted_socket(self._protocol, connection)
 
-    def _protocol(self) -> StreamProtocol:
-        return StreamProtocol(
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None
         )
+        return protocol
 
 
 class HttpServer:
@@ -69,7 +74,14 @@ class HttpServer:
 
 
 @contextlib.asynccontextmanager
-async def http_server(app: Any, listen: str, *, drain_s: float, shares_port: bool = False) -> AsyncIterator[HttpServer]:
+async def http_server(
+    app: Any,
+    listen: str,
+    *,
+    drain_s: float,
+    shares_port: bool = False,
+    limits: ConnectionLimits = DEFAULT_LIMITS,
+) -> AsyncIterator[HttpServer]:
     """Serve inside this context. Leaving it drains for `drain_s`, or waits for a drain that has begun.
 
     With `shares_port` other processes may do the same at this port: the system gives each of them a part of the
@@ -81,7 +93,7 @@ async def http_server(app: Any, listen: str, *, drain_s: float, shares_port: boo
             listeners.append(sockets.enter_context(bind(with_free_port(listen))))
         config = uvicorn.Config(
             app,
-            http=StreamProtocol,
+            http=partial(StreamProtocol, limits=limits),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 from zlib import crc32
@@ -23,6 +24,7 @@ from kvrelay import __version__, logs
 from kvrelay.coordinator.chores import Chores
 from kvrelay.coordinator.cluster_engine import ClusterEngine
 from kvrelay.coordinator.config import CoordinatorConfig
+from kvrelay.coordinator.connection_limits import ConnectionLimits, connections_within, raise_open_files
 from kvrelay.coordinator.front_end import build_front_end
 from kvrelay.coordinator.http_app import build_app
 from kvrelay.coordinator.http_routes import Probes
@@ -122,7 +124,11 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             try:
                 async with (
                     http_server(
-                        app, config.http_listen, drain_s=config.drain_s, shares_port=config.shares_ports
+                        app,
+                        config.http_listen,
+                        drain_s=config.drain_s,
+                        shares_port=config.shares_ports,
+                        limits=_connections(config),
                     ) as http,
                     _grpc_server(config, engine, tracing, stopping) as grpc_ports,
                 ):
@@ -139,6 +145,12 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             finally:
                 for loop in (*loops, standing):
                     loop.cancel()
+
+
+def _connections(config: CoordinatorConfig) -> ConnectionLimits:
+    """As many as this process may have."""
+    limits = config.connections
+    return replace(limits, max_connections=connections_within(limits, raise_open_files()))
 
 
 def _exposition(config: CoordinatorConfig, requests: RequestMetrics, sources: Sources) -> Exposition:

@@ -12,6 +12,7 @@ import typer
 
 from kvrelay.cli import options as opt
 from kvrelay.cli.admission_options import AdmissionOptions
+from kvrelay.cli.connection_options import ConnectionOptions
 from kvrelay.cli.detection_options import DetectionOptions, HeartbeatOptions
 from kvrelay.cli.failure import process_errors
 from kvrelay.cli.model_option import FoundModel, find_model
@@ -104,6 +105,7 @@ def coordinator(
     admission: AdmissionOptions,
     observe: ObserveOptions,
     detection: HeartbeatOptions,
+    connections: ConnectionOptions,
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
 
@@ -150,6 +152,7 @@ def coordinator(
             serving=_serving(front_end),
             engine=ClusterEngineConfig(admission=admission.config()),
             heartbeat=detection.heartbeat(),
+            connections=connections.limits(),
             otlp_endpoint=observe.otlp,
             log_format=observe.log_format.value,
             log_level=observe.log_level.value,
