@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvrelay import etcd, membership
-from kvrelay.etcd.server import run_etcd
 from kvrelay.grpc_options import open_channel
 from kvrelay.launch.worker import EXIT_ENGINE_DEAD
-from kvrelay.v1 import cluster_pb2, worker_pb2
-from tests.support.processes import gone
+from kvrelay.v1 import worker_pb2
 from tests.support.worker_link import Link, open_link, over
 from tests.support.worker_pair import sampling
+from tests.support.worker_process import worker_process
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -64,53 +58,8 @@ sys.exit(worker.run_worker(config))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """One worker process and its etcd."""
-
-    process: subprocess.Popen[bytes]
-    client: etcd.EtcdClient
-    log: Path
-
-    async def workers(self) -> list[cluster_pb2.WorkerInfo]:
-        return list(await membership.list_workers(self.client, "default"))
-
-    async def joined(self) -> cluster_pb2.WorkerInfo:
-        async with asyncio.timeout(30):
-            while not (workers := await self.workers()):
-                assert self.process.poll() is None, self.log.read_text()
-                await asyncio.sleep(0.02)
-        return workers[0]
-
-    async def ended(self) -> int:
-        return await asyncio.to_thread(self.process.wait, 20)
-
-
-@asynccontextmanager
-async def cluster(directory: Path, first: str = "works") -> AsyncIterator[Cluster]:
-    log = directory / "log"
-    async with run_etcd() as server, etcd.connect(etcd.EtcdConfig(endpoints=[server.endpoint])) as client:
-        process = _start(log, server.endpoint, first)
-        try:
-            yield Cluster(process, client, log)
-        finally:
-            family = [process.pid, *(child.pid for child in _children(process))]
-            process.kill()
-            process.wait()
-            assert gone(family)
-
-
-def _start(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    with log.open("wb") as output:
-        command = [sys.executable, "-c", _WORKER, *arguments]
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-
-
-def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def command(first: str) -> Callable[[str], Sequence[str]]:
+    return lambda endpoint: [sys.executable, "-c", _WORKER, endpoint, first]
 
 
 def decode(link: Link, request_id: str, token: int) -> worker_pb2.Decode:
@@ -118,7 +67,7 @@ def decode(link: Link, request_id: str, token: int) -> worker_pb2.Decode:
 
 
 async def test_a_worker_whose_engine_hangs_leaves_and_ends(tmp_path: Path) -> None:
-    async with cluster(tmp_path) as one:
+    async with worker_process(tmp_path, command("works")) as one:
         worker = await one.joined()
         async with open_link(worker.address) as link:
             answer = await over(link.decode(decode(link, "fine", 1)))
@@ -136,7 +85,7 @@ async def test_a_worker_whose_engine_hangs_leaves_and_ends(tmp_path: Path) -> No
 
 
 async def test_a_worker_whose_engine_never_works_is_never_in_the_list(tmp_path: Path) -> None:
-    async with cluster(tmp_path, "hangs") as one:
+    async with worker_process(tmp_path, command("hangs")) as one:
         seen = []
         while one.process.poll() is None:
             seen += await one.workers()
@@ -147,7 +96,7 @@ async def test_a_worker_whose_engine_never_works_is_never_in_the_list(tmp_path: 
 
 
 async def test_health_says_whether_the_engine_generates(tmp_path: Path) -> None:
-    async with cluster(tmp_path) as one:
+    async with worker_process(tmp_path, command("works")) as one:
         worker = await one.joined()
         async with open_channel(worker.address) as channel, open_link(worker.address) as link:
             stub = health_pb2_grpc.HealthStub(channel)
