@@ -13,7 +13,7 @@ import grpc.aio
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Log probabilities of long prompts are the largest messages."""
 
-KEEPALIVE_TIME_MS = 10_000
+KEEPALIVE_TIME_MS = 5_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 PING_TIMEOUT_MS = 10_000
 """Of pings that measure the bandwidth. While one is under way gRPC sends no keepalive, and by itself it waits a minute:

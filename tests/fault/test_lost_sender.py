@@ -17,7 +17,7 @@ NUM_OFFERS = 10
 NUM_BLOCKS = 5
 FREED_S = 1.0
 STALLED_S = 15.0
-"""gRPC asks a connection on which nothing comes whether it lives: after 10 s, and waits for 5 s."""
+"""gRPC asks a connection on which nothing comes whether it lives: after 5 s, and waits for 10 s."""
 
 
 @pytest.mark.parametrize("signal_name", ["kill", "stop"])
