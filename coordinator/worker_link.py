@@ -41,6 +41,9 @@ class LinkEvents(Protocol):
 
     def on_status(self, link: WorkerLink, status: worker_pb2.WorkerStatus) -> None: ...
 
+    def on_announced(self, num_bytes: int) -> None:
+        """A large message comes, over whichever link."""
+
     def on_lost(self, link: WorkerLink, reason: str) -> None:
         """The stream broke, or the worker says nothing: it cancels all that came over it, at once or once it can."""
 
@@ -82,6 +85,13 @@ class WorkerLink:
             )
         self._outbox.append(message)
         self._outbox_filled.set()
+
+    def excuse(self, busy_ms: int) -> None:
+        """Tell the worker that nothing may be heard for so long: this event loop will be busy."""
+        if self.connected:
+            beat = worker_pb2.Heartbeat(busy_ms=busy_ms)
+            self._outbox.appendleft(worker_pb2.CoordinatorMessage(heartbeat=beat))
+            self._outbox_filled.set()
 
     async def run(self) -> None:
         """Connect again and again, with growing pauses, until cancelled."""
@@ -171,7 +181,7 @@ class WorkerLink:
     async def _read(self, stream: _Stream, silence: Silence | None) -> None:
         while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
             if silence is not None:
-                silence.heard(message.heartbeat.next_message_bytes)
+                silence.heard(message.heartbeat.next_message_bytes, message.heartbeat.busy_ms)
             match message.WhichOneof("message"):
                 case "step":
                     self._events.on_step(self, message.step)
@@ -180,7 +190,8 @@ class WorkerLink:
                 case "status":
                     self._events.on_status(self, message.status)
                 case "heartbeat":
-                    pass
+                    if message.heartbeat.next_message_bytes:
+                        self._events.on_announced(message.heartbeat.next_message_bytes)
                 case kind:
                     _log.warning("unexpected message", worker_id=self.worker.worker_id, kind=kind)
 

@@ -18,7 +18,7 @@ from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.coordinator.worker_pace import WorkerPace
 from kvrelay.coordinator.worker_view import take_speeds, view_of
 from kvrelay.errors import WorkerLostError
-from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig
+from kvrelay.heartbeat import BUSY_BYTES_PER_S, DEFAULT_HEARTBEAT, HeartbeatConfig
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
 _log = structlog.get_logger(__name__)
@@ -241,6 +241,10 @@ class WorkerPool:
             take_speeds(member.view, status)
             member.load.report(status)
             member.load.fill(member.view)
+
+    def on_announced(self, num_bytes: int) -> None:
+        for member in self._members.values():
+            member.link.excuse(1000 * num_bytes // BUSY_BYTES_PER_S)
 
     def on_lost(self, link: WorkerLink, reason: str) -> None:
         member = self._members.get(link.worker.worker_id)

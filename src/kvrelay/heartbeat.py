@@ -14,6 +14,8 @@ _SLOWEST_BYTES_PER_S = 8 << 20
 """Of a large message: as slow as it may come before the stream is taken for broken."""
 LARGE_MESSAGE_BYTES = 1 << 20
 """A message of more is announced: nothing else is heard while it comes."""
+BUSY_BYTES_PER_S = 1 << 20
+"""A coordinator that turns log probabilities into answers, which it does in one go, is not slower than this."""
 
 
 class SilentError(Exception):
@@ -60,10 +62,13 @@ class Silence:
         self._silent_s = 0.0
         self._was_heard = False
         """Since the latest tick."""
+        self._excused_until_s = 0.0
 
-    def heard(self, next_message_bytes: int = 0) -> None:
-        """Something came; with `next_message_bytes` a large message is announced, which takes its time."""
+    def heard(self, next_message_bytes: int = 0, busy_ms: int = 0) -> None:
+        """Something came. A large message is announced, which takes its time; or work, from which nothing is heard."""
         self._was_heard = True
+        if busy_ms:
+            self._excused_until_s = max(self._excused_until_s, self._clock() + busy_ms / 1e3)
         self._silent_s = -next_message_bytes / _SLOWEST_BYTES_PER_S
 
     def tick(self) -> bool:
@@ -73,7 +78,7 @@ class Silence:
         was_heard, self._was_heard = self._was_heard, False
         if elapsed_s > _IN_TIME * self.tick_s:
             self._silent_s = min(self._silent_s, self.timeout_s / 2)
-        elif not was_heard:
+        elif not was_heard and now_s >= self._excused_until_s:
             self._silent_s += elapsed_s
             return self._silent_s >= self.timeout_s
         return False

@@ -36,6 +36,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self.heartbeat_ms = heartbeat_ms
         self.num_heartbeats = 0
+        self.busy_ms: list[int] = []
+        """That its coordinator has told."""
         self.respond = respond
         self.num_sessions = 0
         self.num_ended = 0
@@ -85,6 +87,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         async for message in requests:
             if message.WhichOneof("message") == "heartbeat":
                 self.num_heartbeats += 1
+                self.busy_ms += [message.heartbeat.busy_ms] if message.heartbeat.busy_ms else []
                 continue
             async with self._changed:
                 self.received.append(message)

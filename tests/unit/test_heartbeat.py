@@ -72,6 +72,15 @@ def test_a_large_message_that_is_announced_may_take_its_time_once() -> None:
     assert watched.ticks_until_silent() == 9
 
 
+def test_an_end_that_says_it_is_busy_is_not_watched_for_so_long_whatever_else_it_says() -> None:
+    watched = Watched()
+    watched.silence.heard(busy_ms=30_000)
+    watched.silence.heard(busy_ms=1000)
+    watched.silence.heard()
+    assert not any(watched.after(TICK_S) for _ in range(119))
+    assert watched.ticks_until_silent() == 8
+
+
 @pytest.mark.parametrize(("promised_ms", "timeout_s"), [(500, 2.0), (100, 2.0), (2000, 8.0)])
 def test_an_end_that_promises_less_gets_more_time(promised_ms: int, timeout_s: float) -> None:
     silence = HeartbeatConfig().silence_of(promised_ms)

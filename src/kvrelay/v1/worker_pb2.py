@@ -26,7 +26,7 @@ from kvrelay.v1 import cluster_pb2 as kvrelay_dot_v1_dot_cluster__pb2
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\x95\x02\n\x12\x43oordinatorMessage\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvrelay.v1.CoordinatorHelloH\x00\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.PrefillH\x00\x12$\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.DecodeH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.kvrelay.v1.CancelH\x00\x12%\n\x07kv_lost\x18\x05 \x01(\x0b\x32\x12.kvrelay.v1.KvLostH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x42\t\n\x07message\"\xf2\x01\n\rWorkerMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.StepOutputsH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.RequestFailedH\x00\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatusH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x42\t\n\x07message\"@\n\x10\x43oordinatorHello\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"K\n\x0bWorkerHello\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"\'\n\tHeartbeat\x12\x1a\n\x12next_message_bytes\x18\x01 \x01(\x04\"\xaa\x02\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x07 \x01(\t\x12\'\n\x05trace\x18\x08 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x16\n\x0eprefix_address\x18\t \x01(\t\x12\x12\n\ntimeout_ms\x18\n \x01(\r\x12\x16\n\x0e\x63oordinator_id\x18\x0b \x01(\t\"\xad\x02\n\x06\x44\x65\x63ode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\nkv_wait_ms\x18\x06 \x01(\r\x12\'\n\x05trace\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x1a\n\x12prefill_request_id\x18\x08 \x01(\t\x12\x16\n\x0eprefix_address\x18\t \x01(\t\x12\x1c\n\x14num_generated_tokens\x18\x0c \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\r\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x06KvLost\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"5\n\x0bStepOutputs\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.TokenDelta\"\xda\x02\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08logprobs\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12-\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12&\n\x08timeline\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x11\n\tkv_failed\x18\t \x01(\x08\x42\x10\n\x0e_stop_token_idB\x14\n\x12_num_cached_tokens\"\xc9\x01\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .kvrelay.v1.RequestFailed.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"a\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_INVALID\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x12\x13\n\x0fREASON_INTERNAL\x10\x03\"\x12\n\x10GetStatusRequest\"0\n\x0eSetRoleRequest\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.kvrelay.v1.Role\"0\n\x0c\x44rainRequest\x12\x14\n\x07\x64rain_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_drain_s\"\x0f\n\rDrainResponse\"9\n\x0fSetRoleResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\"\xd0\x04\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14num_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x03 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x65ngine_kv_usage\x18\x05 \x01(\x02\x12+\n\x05store\x18\x06 \x01(\x0b\x32\x1c.kvrelay.v1.BlockStoreStatus\x12\x1e\n\x16num_incoming_transfers\x18\x07 \x01(\r\x12\x1e\n\x16num_outgoing_transfers\x18\x08 \x01(\r\x12\x38\n\x08\x63ounters\x18\t \x03(\x0b\x32&.kvrelay.v1.WorkerStatus.CountersEntry\x12)\n\nstep_times\x18\n \x01(\x0b\x32\x15.kvrelay.v1.StepTimes\x12$\n\x05links\x18\x0b \x03(\x0b\x32\x15.kvrelay.v1.LinkSpeed\x12\x18\n\x10num_prefill_jobs\x18\x0c \x01(\r\x12\x17\n\x0fnum_decode_jobs\x18\r \x01(\r\x12\x1a\n\x12num_context_tokens\x18\x0e \x01(\x04\x12\x1a\n\x12num_queued_prompts\x18\x0f \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x10 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"1\n\tLinkSpeed\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\"\xce\x01\n\x10\x42lockStoreStatus\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x14\n\x0cnum_reserved\x18\x03 \x01(\r\x12\x12\n\nnum_pinned\x18\x04 \x01(\r\x12\x15\n\rnum_evictable\x18\x05 \x01(\r\x12\x13\n\x0bnum_granted\x18\x06 \x01(\r\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fnum_disk_blocks\x18\t \x01(\r2\x99\x02\n\x06Worker\x12H\n\x07Session\x12\x1e.kvrelay.v1.CoordinatorMessage\x1a\x19.kvrelay.v1.WorkerMessage(\x01\x30\x01\x12\x43\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x18.kvrelay.v1.WorkerStatus\x12\x42\n\x07SetRole\x12\x1a.kvrelay.v1.SetRoleRequest\x1a\x1b.kvrelay.v1.SetRoleResponse\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/cluster.proto\x1a\x17kvrelay/v1/common.proto\"\x95\x02\n\x12\x43oordinatorMessage\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.kvrelay.v1.CoordinatorHelloH\x00\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.PrefillH\x00\x12$\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x12.kvrelay.v1.DecodeH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.kvrelay.v1.CancelH\x00\x12%\n\x07kv_lost\x18\x05 \x01(\x0b\x32\x12.kvrelay.v1.KvLostH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x42\t\n\x07message\"\xf2\x01\n\rWorkerMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.StepOutputsH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.RequestFailedH\x00\x12*\n\x06status\x18\x04 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatusH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x42\t\n\x07message\"@\n\x10\x43oordinatorHello\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"K\n\x0bWorkerHello\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\"8\n\tHeartbeat\x12\x1a\n\x12next_message_bytes\x18\x01 \x01(\x04\x12\x0f\n\x07\x62usy_ms\x18\x02 \x01(\r\"\xaa\x02\n\x07Prefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x07 \x01(\t\x12\'\n\x05trace\x18\x08 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x16\n\x0eprefix_address\x18\t \x01(\t\x12\x12\n\ntimeout_ms\x18\n \x01(\r\x12\x16\n\x0e\x63oordinator_id\x18\x0b \x01(\t\"\xad\x02\n\x06\x44\x65\x63ode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\nkv_wait_ms\x18\x06 \x01(\r\x12\'\n\x05trace\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.TraceContext\x12\x1a\n\x12prefill_request_id\x18\x08 \x01(\t\x12\x16\n\x0eprefix_address\x18\t \x01(\t\x12\x1c\n\x14num_generated_tokens\x18\x0c \x01(\r\x12\x12\n\ntimeout_ms\x18\n \x01(\r\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x06KvLost\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"5\n\x0bStepOutputs\x12&\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.TokenDelta\"\xda\x02\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08logprobs\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12-\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x14.kvrelay.v1.Logprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12&\n\x08timeline\x18\x07 \x01(\x0b\x32\x14.kvrelay.v1.Timeline\x12\x1e\n\x11num_cached_tokens\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x11\n\tkv_failed\x18\t \x01(\x08\x42\x10\n\x0e_stop_token_idB\x14\n\x12_num_cached_tokens\"\xc9\x01\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x06reason\x18\x02 \x01(\x0e\x32 .kvrelay.v1.RequestFailed.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\"a\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_INVALID\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x12\x13\n\x0fREASON_INTERNAL\x10\x03\"\x12\n\x10GetStatusRequest\"0\n\x0eSetRoleRequest\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.kvrelay.v1.Role\"0\n\x0c\x44rainRequest\x12\x14\n\x07\x64rain_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_drain_s\"\x0f\n\rDrainResponse\"9\n\x0fSetRoleResponse\x12&\n\x06worker\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.WorkerInfo\"\xd0\x04\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x14num_running_requests\x18\x02 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x03 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x65ngine_kv_usage\x18\x05 \x01(\x02\x12+\n\x05store\x18\x06 \x01(\x0b\x32\x1c.kvrelay.v1.BlockStoreStatus\x12\x1e\n\x16num_incoming_transfers\x18\x07 \x01(\r\x12\x1e\n\x16num_outgoing_transfers\x18\x08 \x01(\r\x12\x38\n\x08\x63ounters\x18\t \x03(\x0b\x32&.kvrelay.v1.WorkerStatus.CountersEntry\x12)\n\nstep_times\x18\n \x01(\x0b\x32\x15.kvrelay.v1.StepTimes\x12$\n\x05links\x18\x0b \x03(\x0b\x32\x15.kvrelay.v1.LinkSpeed\x12\x18\n\x10num_prefill_jobs\x18\x0c \x01(\r\x12\x17\n\x0fnum_decode_jobs\x18\r \x01(\r\x12\x1a\n\x12num_context_tokens\x18\x0e \x01(\x04\x12\x1a\n\x12num_queued_prompts\x18\x0f \x01(\r\x12\"\n\x1anum_computed_prompt_tokens\x18\x10 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"1\n\tLinkSpeed\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\"\xce\x01\n\x10\x42lockStoreStatus\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x10\n\x08num_free\x18\x02 \x01(\r\x12\x14\n\x0cnum_reserved\x18\x03 \x01(\r\x12\x12\n\nnum_pinned\x18\x04 \x01(\r\x12\x15\n\rnum_evictable\x18\x05 \x01(\r\x12\x13\n\x0bnum_granted\x18\x06 \x01(\r\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fnum_disk_blocks\x18\t \x01(\r2\x99\x02\n\x06Worker\x12H\n\x07Session\x12\x1e.kvrelay.v1.CoordinatorMessage\x1a\x19.kvrelay.v1.WorkerMessage(\x01\x30\x01\x12\x43\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x18.kvrelay.v1.WorkerStatus\x12\x42\n\x07SetRole\x12\x1a.kvrelay.v1.SetRoleRequest\x1a\x1b.kvrelay.v1.SetRoleResponse\x12<\n\x05\x44rain\x12\x18.kvrelay.v1.DrainRequest\x1a\x19.kvrelay.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,41 +44,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERHELLO']._serialized_start=681
   _globals['_WORKERHELLO']._serialized_end=756
   _globals['_HEARTBEAT']._serialized_start=758
-  _globals['_HEARTBEAT']._serialized_end=797
-  _globals['_PREFILL']._serialized_start=800
-  _globals['_PREFILL']._serialized_end=1098
-  _globals['_DECODE']._serialized_start=1101
-  _globals['_DECODE']._serialized_end=1402
-  _globals['_CANCEL']._serialized_start=1404
-  _globals['_CANCEL']._serialized_end=1432
-  _globals['_KVLOST']._serialized_start=1434
-  _globals['_KVLOST']._serialized_end=1462
-  _globals['_STEPOUTPUTS']._serialized_start=1464
-  _globals['_STEPOUTPUTS']._serialized_end=1517
-  _globals['_TOKENDELTA']._serialized_start=1520
-  _globals['_TOKENDELTA']._serialized_end=1866
-  _globals['_REQUESTFAILED']._serialized_start=1869
-  _globals['_REQUESTFAILED']._serialized_end=2070
-  _globals['_REQUESTFAILED_REASON']._serialized_start=1973
-  _globals['_REQUESTFAILED_REASON']._serialized_end=2070
-  _globals['_GETSTATUSREQUEST']._serialized_start=2072
-  _globals['_GETSTATUSREQUEST']._serialized_end=2090
-  _globals['_SETROLEREQUEST']._serialized_start=2092
-  _globals['_SETROLEREQUEST']._serialized_end=2140
-  _globals['_DRAINREQUEST']._serialized_start=2142
-  _globals['_DRAINREQUEST']._serialized_end=2190
-  _globals['_DRAINRESPONSE']._serialized_start=2192
-  _globals['_DRAINRESPONSE']._serialized_end=2207
-  _globals['_SETROLERESPONSE']._serialized_start=2209
-  _globals['_SETROLERESPONSE']._serialized_end=2266
-  _globals['_WORKERSTATUS']._serialized_start=2269
-  _globals['_WORKERSTATUS']._serialized_end=2861
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=2814
-  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=2861
-  _globals['_LINKSPEED']._serialized_start=2863
-  _globals['_LINKSPEED']._serialized_end=2912
-  _globals['_BLOCKSTORESTATUS']._serialized_start=2915
-  _globals['_BLOCKSTORESTATUS']._serialized_end=3121
-  _globals['_WORKER']._serialized_start=3124
-  _globals['_WORKER']._serialized_end=3405
+  _globals['_HEARTBEAT']._serialized_end=814
+  _globals['_PREFILL']._serialized_start=817
+  _globals['_PREFILL']._serialized_end=1115
+  _globals['_DECODE']._serialized_start=1118
+  _globals['_DECODE']._serialized_end=1419
+  _globals['_CANCEL']._serialized_start=1421
+  _globals['_CANCEL']._serialized_end=1449
+  _globals['_KVLOST']._serialized_start=1451
+  _globals['_KVLOST']._serialized_end=1479
+  _globals['_STEPOUTPUTS']._serialized_start=1481
+  _globals['_STEPOUTPUTS']._serialized_end=1534
+  _globals['_TOKENDELTA']._serialized_start=1537
+  _globals['_TOKENDELTA']._serialized_end=1883
+  _globals['_REQUESTFAILED']._serialized_start=1886
+  _globals['_REQUESTFAILED']._serialized_end=2087
+  _globals['_REQUESTFAILED_REASON']._serialized_start=1990
+  _globals['_REQUESTFAILED_REASON']._serialized_end=2087
+  _globals['_GETSTATUSREQUEST']._serialized_start=2089
+  _globals['_GETSTATUSREQUEST']._serialized_end=2107
+  _globals['_SETROLEREQUEST']._serialized_start=2109
+  _globals['_SETROLEREQUEST']._serialized_end=2157
+  _globals['_DRAINREQUEST']._serialized_start=2159
+  _globals['_DRAINREQUEST']._serialized_end=2207
+  _globals['_DRAINRESPONSE']._serialized_start=2209
+  _globals['_DRAINRESPONSE']._serialized_end=2224
+  _globals['_SETROLERESPONSE']._serialized_start=2226
+  _globals['_SETROLERESPONSE']._serialized_end=2283
+  _globals['_WORKERSTATUS']._serialized_start=2286
+  _globals['_WORKERSTATUS']._serialized_end=2878
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_start=2831
+  _globals['_WORKERSTATUS_COUNTERSENTRY']._serialized_end=2878
+  _globals['_LINKSPEED']._serialized_start=2880
+  _globals['_LINKSPEED']._serialized_end=2929
+  _globals['_BLOCKSTORESTATUS']._serialized_start=2932
+  _globals['_BLOCKSTORESTATUS']._serialized_end=3138
+  _globals['_WORKER']._serialized_start=3141
+  _globals['_WORKER']._serialized_end=3422
 # @@protoc_insertion_point(module_scope)

@@ -155,16 +155,20 @@ class Heartbeat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEXT_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    BUSY_MS_FIELD_NUMBER: _builtins.int
     next_message_bytes: _builtins.int
     """Of the message that follows, when it is a large one: while it comes nothing else is heard."""
+    busy_ms: _builtins.int
+    """From now on its sender has something to do that may keep it from saying anything for so long."""
     def __init__(
         self,
         *,
         next_message_bytes: _builtins.int = ...,
+        busy_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_message_bytes", b"next_message_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_ms", b"busy_ms", "next_message_bytes", b"next_message_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

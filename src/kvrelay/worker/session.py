@@ -69,7 +69,7 @@ class Session:
             try:
                 async for message in messages:
                     if self._silence is not None:
-                        self._silence.heard(message.heartbeat.next_message_bytes)
+                        self._silence.heard(message.heartbeat.next_message_bytes, message.heartbeat.busy_ms)
                     self._handle(message, tasks)
             finally:
                 for task in [*loops, *self._jobs.values()]:

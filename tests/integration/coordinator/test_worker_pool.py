@@ -331,9 +331,23 @@ async def test_a_coordinator_says_something_all_the_time(start_worker: StartWork
         await until(lambda: worker.num_heartbeats > 5)
 
 
+async def test_all_workers_are_told_of_a_large_message_that_will_keep_the_coordinator_busy(
+    start_worker: StartWorker,
+) -> None:
+    first, second = await start_worker("d1"), await start_worker("d2")
+    pool = WorkerPool("c", heartbeat=HeartbeatConfig(interval_s=60.0))
+    async with pool.running(Listener()):
+        pool.join(first.info)
+        pool.join(second.info)
+        await connected(pool, "d1", "d2")
+        first.send_heartbeat(64 << 20)
+        await until(lambda: first.busy_ms and second.busy_ms)
+        assert first.busy_ms == second.busy_ms == [64_000]
+
+
 async def test_any_message_of_a_worker_is_heard(start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
-    monkeypatch.setattr(Silence, "heard", lambda _, next_message_bytes=0: heard.append(next_message_bytes))
+    monkeypatch.setattr(Silence, "heard", lambda _, num_bytes=0, _busy_ms=0: heard.append(num_bytes))
     worker = await start_worker("d1", heartbeat_ms=500)
     pool = WorkerPool("c")
     async with pool.running(Listener()):

@@ -88,8 +88,8 @@ class Stream:
     def cancel(self, request_id: str) -> None:
         self._inbox.put_nowait(worker_pb2.CoordinatorMessage(cancel=worker_pb2.Cancel(request_id=request_id)))
 
-    def beat(self, next_message_bytes: int = 0) -> None:
-        beat = worker_pb2.Heartbeat(next_message_bytes=next_message_bytes)
+    def beat(self, **values: int) -> None:
+        beat = worker_pb2.Heartbeat(**values)
         self._inbox.put_nowait(worker_pb2.CoordinatorMessage(heartbeat=beat))
 
     def hang_up(self) -> None:
@@ -314,7 +314,8 @@ async def test_a_large_message_is_announced() -> None:
         stream.role.sinks["decode-a"](large)
         stream.role.sinks["decode-a"](delta("a", 1))
         await stream.took(1, "step")
-        announced, step = stream.taken[-2:]
+        (step,) = stream.of("step")
+        announced = stream.taken[stream.taken.index(step) - 1]
         assert announced.heartbeat.next_message_bytes == large.ByteSize() + delta("a", 1).ByteSize()
         assert len(step.step.deltas) == 2
 
@@ -334,14 +335,15 @@ async def test_a_coordinator_that_says_nothing_loses_its_session() -> None:
 
 async def test_any_message_of_the_coordinator_is_heard() -> None:
     class Noted(Silence):
-        def heard(self, next_message_bytes: int = 0) -> None:
-            heard.append(next_message_bytes)
+        def heard(self, next_message_bytes: int = 0, busy_ms: int = 0) -> None:
+            heard.append((next_message_bytes, busy_ms))
 
-    heard: list[int] = []
+    heard: list[tuple[int, int]] = []
     async with open_stream(silence=Noted(60.0, tick_s=0.25)) as stream:
-        stream.beat(1 << 20)
+        stream.beat(next_message_bytes=1 << 20)
+        stream.beat(busy_ms=3)
         stream.cancel("unknown")
-        await eventually(lambda: heard == [1 << 20, 0])
+        await eventually(lambda: heard == [(1 << 20, 0), (0, 3), (0, 0)])
 
 
 @pytest.mark.parametrize("broken", [True, False])
