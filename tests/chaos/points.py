@@ -39,7 +39,7 @@ class Point:
 
 
 POINTS = {
-    "before-offer": Point("prefill", ((Peer, "offer"),)),
+    "before-offer": Point("prefill", ((Peer, "offered"),)),
     "frames-sent": Point("prefill", ((FrameOrder, "encode"), (LocalOrder, "encode")), most=4),
     "before-first-token": Point("prefill", ((_Outgoing, "_tell"),)),
     "before-commit": Point("prefill", ((Peer, "commit"),)),
