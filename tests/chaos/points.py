@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from kvrelay.kv_transfer.frame_order import FrameOrder, LocalOrder
 from kvrelay.kv_transfer.peer import Peer
+from kvrelay.kv_transfer.placing import Placing
 from kvrelay.kv_transfer.receiver import Receiver
 from kvrelay.prefill_worker.runner import _Outgoing
 from kvrelay.v1.kv_transfer_pb2 import FrameAck
@@ -45,7 +46,7 @@ POINTS = {
     "before-commit": Point("prefill", ((Peer, "commit"),)),
     "offer-received": Point("decode", ((Receiver, "offer"),)),
     "frames-landed": Point(
-        "decode", ((Receiver, "_land"),), before=False, counts=lambda ack: bool(ack == FrameAck.STATUS_STORED), most=4
+        "decode", ((Placing, "_land"),), before=False, counts=lambda ack: bool(ack == FrameAck.STATUS_STORED), most=4
     ),
     "all-landed": Point("decode", ((Receiver, "_settle"),), before=False),
     "before-submit": Point("decode", ((WorkerHost, "submit"),)),
