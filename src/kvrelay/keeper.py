@@ -24,7 +24,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 LAST_WORDS_S = 3.0
-"""For processes that clean up after dead ones, such as multiprocessing's resource tracker: seconds on a busy machine."""
+"""For processes that clean up after dead ones, such as multiprocessing's resource tracker; a busy machine is slow."""
 _KILL_TIMEOUT_S = 5.0
 _SHM = "/dev/shm/"  # noqa: S108 - read, and only what is listed there is removed
 
