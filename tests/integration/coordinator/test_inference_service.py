@@ -293,7 +293,7 @@ async def test_workers_know_how_long_the_client_waits(front_end: FrontEnd) -> No
     async with service(front_end) as (cluster, stub):
         call = stub.Generate(request, timeout=30)
         (prefill,) = await cluster.prefill.wait_for("prefill")
-        assert 29_000 < prefill.timeout_ms <= 30_500
+        assert 29_000 < prefill.timeout_ms <= 31_000  # gRPC rounds what it tells the server up.
         cluster.prefill.send(delta(prefill.request_id, [5], common_pb2.FINISH_REASON_LENGTH))
         (decode,) = await cluster.decode.wait_for("decode")
         assert 28_000 < decode.timeout_ms <= prefill.timeout_ms
