@@ -10,7 +10,7 @@ SEED ?= 1
 JSON ?=
 PY := .venv/bin/python
 
-.PHONY: help setup up test unit chaos check format bench proto clean
+.PHONY: help setup up test unit chaos fuzz check format bench proto clean
 
 help:           ## Show this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ unit: setup     ## Run the unit tests
 
 chaos: setup    ## Break a cluster under load again and again: make chaos SECONDS=600 SEED=1 JSON=FILE
 	@$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED) $(if $(JSON),--json "$(JSON)") $(ARGS)
+
+fuzz: setup     ## Fuzz what reads the network, 5 minutes each: make fuzz SECONDS=300 ARGS='frames http_bodies'
+	@$(PY) -m pip install --quiet -r requirements/fuzz.in
+	@$(PY) -m tests.fuzz --seconds $(if $(filter file,$(origin SECONDS)),300,$(SECONDS)) $(ARGS)
 
 check: setup    ## Format, lint, types, layers, scripts, stubs
 	@scripts/check.sh

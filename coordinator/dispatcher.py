@@ -112,9 +112,13 @@ class Dispatcher:
         outputs: list[worker_pb2.TokenDelta] = []
         touched: list[RequestFlow] = []
         aborted: list[RequestFlow] = []
+        misled: dict[str, RequestFlow] = {}
         for delta in step.deltas:
             flow = self._flows.get(delta.request_id)
-            if flow is None or not flow.has_job(delta.request_id):
+            if flow is None or not flow.has_job(delta.request_id) or flow.job_id in misled:
+                continue
+            if flow.is_too_much(delta):
+                misled[flow.job_id] = flow
                 continue
             if delta.finish_reason == common_pb2.FINISH_REASON_ABORT and self._is_decoding_on(flow, worker_id):
                 delta.ClearField("finish_reason")
@@ -130,6 +134,16 @@ class Dispatcher:
             self._settle(flow)
         for flow in aborted:
             self._aborted(flow, worker_id)
+        for flow in misled.values():
+            self._misled(flow, worker_id)
+
+    def _misled(self, flow: RequestFlow, worker_id: str) -> None:
+        """The worker's account of the request is wrong: what it says of it cannot be used."""
+        prefilling = self._is_prefilling_on(flow, worker_id)
+        if prefilling or (self._is_decoding_on(flow, worker_id) and not flow.done):
+            flow.unfit_worker_ids.add(worker_id)
+            error = GenerationFailedError(f"worker {worker_id} has generated more tokens than were asked for; try again")
+            self._replan(flow, error, prefilling=prefilling)
 
     def _aborted(self, flow: RequestFlow, worker_id: str) -> None:
         """Nobody has cancelled it: the worker's engine has been told to stop."""

@@ -151,5 +151,6 @@ class EngineOutputSink:
         return stopped
 
     def _drop(self, completion_id: str, error: Exception) -> list[str]:
-        self.fail([completion_id], GenerationFailedError(f"the output could not be processed: {error}"))
+        reason = str(error) or type(error).__name__
+        self.fail([completion_id], GenerationFailedError(f"the output could not be processed: {reason}"))
         return [completion_id]

@@ -153,6 +153,14 @@ class RequestFlow:
             timeout_ms=self.request.terms.timeout_ms(),
         )
 
+    def is_too_much(self, delta: worker_pb2.TokenDelta) -> bool:
+        """Whether a worker says that there are more tokens than were asked for."""
+        if self.phase is Phase.PREFILL:
+            return len(delta.token_ids) > 1
+        completion = self._jobs.get(delta.request_id, self._first)
+        num_generated = len(self._generated[completion.request_id])
+        return num_generated + len(delta.token_ids) > completion.sampling.max_tokens
+
     def on_prefill_delta(self, delta: worker_pb2.TokenDelta) -> worker_pb2.TokenDelta | None:
         """Take the prefill worker's only delta; returns what the client gets of it, if anything yet.
 

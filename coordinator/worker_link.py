@@ -27,7 +27,7 @@ BACKOFF_MAX_S = 3.0
 
 
 class WrongWorkerError(Exception):
-    """Something else answers at the worker's address."""
+    """Something else answers at the worker's address, or what it says makes no sense."""
 
 
 class LinkEvents(Protocol):
@@ -182,18 +182,25 @@ class WorkerLink:
         while isinstance(message := await stream.read(), worker_pb2.WorkerMessage):
             if silence is not None:
                 silence.heard(message.heartbeat.next_message_bytes, message.heartbeat.busy_ms)
-            match message.WhichOneof("message"):
-                case "step":
-                    self._events.on_step(self, message.step)
-                case "failed":
-                    self._events.on_request_failed(self, message.failed)
-                case "status":
-                    self._events.on_status(self, message.status)
-                case "heartbeat":
-                    if message.heartbeat.next_message_bytes:
-                        self._events.on_announced(message.heartbeat.next_message_bytes)
-                case kind:
-                    _log.warning("unexpected message", worker_id=self.worker.worker_id, kind=kind)
+            try:
+                self._hand_on(message)
+            except Exception as error:  # The boundary: what one worker says must not end the others' links.
+                _log.exception("message not understood", worker_id=self.worker.worker_id)
+                raise WrongWorkerError(f"what it said could not be taken in: {error}") from error
+
+    def _hand_on(self, message: worker_pb2.WorkerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "step":
+                self._events.on_step(self, message.step)
+            case "failed":
+                self._events.on_request_failed(self, message.failed)
+            case "status":
+                self._events.on_status(self, message.status)
+            case "heartbeat":
+                if message.heartbeat.next_message_bytes:
+                    self._events.on_announced(message.heartbeat.next_message_bytes)
+            case kind:
+                _log.warning("unexpected message", worker_id=self.worker.worker_id, kind=kind)
 
     def _disconnected(self, reason: str) -> None:
         was_connected, self.connected = self.connected, False

@@ -16,7 +16,7 @@ from kvrelay.coordinator.pool_member import PoolMember
 from kvrelay.coordinator.scheduler.view import WorkerView
 from kvrelay.coordinator.worker_link import WorkerLink
 from kvrelay.coordinator.worker_pace import WorkerPace
-from kvrelay.coordinator.worker_view import take_speeds, view_of
+from kvrelay.coordinator.worker_view import drain_s_of, take_speeds, view_of
 from kvrelay.errors import WorkerLostError
 from kvrelay.heartbeat import BUSY_BYTES_PER_S, DEFAULT_HEARTBEAT, HeartbeatConfig
 from kvrelay.v1 import cluster_pb2, worker_pb2
@@ -116,7 +116,7 @@ class WorkerPool:
         take_speeds(fresh, member.status)
         member.load.fill(fresh)
         if fresh.draining and not member.view.draining:
-            member.hand_over_after(worker.drain_s * HAND_OVER_AT, partial(self._hand_over, member))
+            member.hand_over_after(drain_s_of(worker) * HAND_OVER_AT, partial(self._hand_over, member))
         member.view = fresh
         self._retire(member)
         self._notify_changed()

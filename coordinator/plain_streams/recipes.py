@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from kvrelay.coordinator.http_serving import Serving
 from kvrelay.coordinator.request_intake import RequestIntake
-from kvrelay.errors import ModelNotFoundError
+from kvrelay.errors import InvalidRequestError, ModelNotFoundError
 from kvrelay.sampling import to_proto
 from kvrelay.v1 import common_pb2
 
@@ -43,7 +43,7 @@ class Recipe:
     tells_usage: bool
 
     def sampling_for(self, num_prompt_tokens: int, max_model_len_tokens: int) -> common_pb2.SamplingParams:
-        """With as many tokens as the context has room for."""
+        """With as many tokens as the context has room for. Raises `InvalidRequestError` for none."""
         sampling = common_pb2.SamplingParams()
         sampling.CopyFrom(self.sampling)
         sampling.max_tokens = get_max_tokens(
@@ -53,6 +53,8 @@ class Recipe:
             dict(self.default_sampling),
             self.override_max_tokens,
         )
+        if sampling.max_tokens < 1:
+            raise InvalidRequestError("at least one token is generated", field="max_tokens")
         return sampling
 
 

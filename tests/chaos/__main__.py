@@ -2,6 +2,7 @@
 
 A cluster of two prefill and two decode workers, two coordinators and etcd serves a steady load while something is
 broken every few seconds. Exits with 1 when a request lost, doubled or changed a token, or when something is left.
+With a real model, `--engine vllm --once-each --rate 0.7`: what has to come is asked before anything is broken.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.chaos.engines import ENGINES, SIMULATED
 from tests.chaos.faults.schedule import CATALOGUE, EVERY_S, schedule
 from tests.chaos.plans import RATE_PER_S
 from tests.chaos.report import print_report, to_json
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every_s=given.every,
         rate_per_s=given.rate,
         keep=given.keep,
+        engine=ENGINES[given.engine],
+        once_each=given.once_each,
     )
     if given.list:
         _list(config)
@@ -54,6 +58,10 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--faults", default="", metavar="NAME,NAME", help="only these kinds")
     options.add_argument("--every", type=float, default=EVERY_S, metavar="SECONDS", help="between two faults")
     options.add_argument("--rate", type=float, default=RATE_PER_S, metavar="NUMBER", help="requests per second")
+    options.add_argument("--engine", choices=ENGINES, default=SIMULATED.name, help="what the workers run")
+    options.add_argument(
+        "--once-each", action="store_true", help="one fault after the other, each kind once, instead of --seconds"
+    )
     options.add_argument("--list", action="store_true", help="show all kinds and this seed's schedule, and end")
     options.add_argument("--keep", action="store_true", help="keep the logs even if all is well")
     return options

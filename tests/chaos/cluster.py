@@ -18,6 +18,7 @@ from kvrelay.etcd import EtcdClient, EtcdConfig, connect
 from kvrelay.launch.readiness import wait_listening
 from kvrelay.launch.supervisor import Supervisor, SupervisorConfig, supervise
 from kvrelay.membership import list_coordinators, list_workers
+from tests.chaos.engines import TestedEngine
 from tests.chaos.links import Link, open_link
 from tests.chaos.members import (
     CLUSTER,
@@ -31,7 +32,6 @@ from tests.chaos.members import (
 )
 from tests.chaos.points import Armory
 
-START_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 _ANSWER_TIMEOUT_S = 2.0
 _RESTART = {"first_delay_s": 0.3, "max_delay_s": 2.0, "healthy_s": 10.0}
@@ -140,7 +140,7 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def open_cluster(directory: Path) -> AsyncIterator[Cluster]:
+async def open_cluster(directory: Path, engine: TestedEngine) -> AsyncIterator[Cluster]:
     """All members registered and ready; nothing of them runs afterwards. `directory` is empty and stays."""
     for name in ("logs", "tmp", "points", ETCD):
         (directory / name).mkdir()
@@ -158,7 +158,7 @@ async def open_cluster(directory: Path) -> AsyncIterator[Cluster]:
         config = SupervisorConfig(run_id=directory.name, **_RESTART)
         async with supervise(config, cluster) as supervisor, asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(cluster.watch_coordinator(name)) for name in COORDINATORS]
-            await _start(supervisor, cluster, directory, addresses)
+            await _start(supervisor, cluster, engine)
             try:
                 yield cluster
             finally:
@@ -166,10 +166,11 @@ async def open_cluster(directory: Path) -> AsyncIterator[Cluster]:
                     task.cancel()
 
 
-async def _start(supervisor: Supervisor, cluster: Cluster, directory: Path, addresses: Addresses) -> None:
+async def _start(supervisor: Supervisor, cluster: Cluster, engine: TestedEngine) -> None:
+    directory, addresses = cluster.directory, cluster.addresses
     supervisor.start(etcd_spec(directory, addresses))
-    async with asyncio.timeout(START_TIMEOUT_S):
+    async with asyncio.timeout(engine.start_timeout_s):
         await wait_listening(addresses.listen[ETCD, "client"])
-    for spec in member_specs(directory, addresses):
+    for spec in member_specs(directory, addresses, engine):
         supervisor.start(spec)
-    await cluster.wait_whole(START_TIMEOUT_S)
+    await cluster.wait_whole(engine.start_timeout_s)

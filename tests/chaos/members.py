@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from kvrelay.launch.places import with_port
 from kvrelay.launch.plan import MALLOC_ENVIRONMENT
 from kvrelay.launch.supervisor import ChildSpec
+from tests.chaos.engines import TestedEngine
 
 CLUSTER = "chaos"
 ETCD = "etcd"
@@ -21,9 +23,6 @@ WORKERS = (*PREFILL, *DECODE)
 OVER_GRPC = "decode-1"
 """Its KV blocks come as frames, those of the others out of their senders' memory."""
 _LOCAL_PREFILL = {"coordinator-0": "never", "coordinator-1": "when-cheaper"}
-_STORE_BYTES = 16 << 20
-"""Far less than the prompts of a run, so that blocks are evicted all the time."""
-_ENGINE = ("--decode-step-s", "0.02", "--layer-groups", "4")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,10 +60,10 @@ def etcd_spec(directory: Path, addresses: Addresses) -> ChildSpec:
     return _spec(ETCD, directory, ["-m", "tests.chaos.etcd_member", str(directory / ETCD), port], stage=0)
 
 
-def member_specs(directory: Path, addresses: Addresses) -> list[ChildSpec]:
+def member_specs(directory: Path, addresses: Addresses, engine: TestedEngine) -> list[ChildSpec]:
     """The coordinators and workers."""
     coordinators = [_coordinator(name, directory, addresses) for name in COORDINATORS]
-    return [*coordinators, *(_worker(name, directory, addresses) for name in WORKERS)]
+    return [*coordinators, *(_worker(name, directory, addresses, engine) for name in WORKERS)]
 
 
 def _coordinator(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
@@ -75,29 +74,36 @@ def _coordinator(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
     return _spec(name, directory, ["-m", "kvrelay.cli", *command])
 
 
-def _worker(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
+def _worker(name: str, directory: Path, addresses: Addresses, engine: TestedEngine) -> ChildSpec:
     role = name.partition("-")[0]
     command = [f"{role}-worker", *_shared(name, addresses), "--worker-id", name]
-    command += ["--engine", "simulated", "--kv-host-bytes", str(_STORE_BYTES)]
+    command += engine.worker_options
     command += ["--listen", addresses.listen[name, "grpc"], "--advertise", addresses.advertised[name, "grpc"]]
     command += ["--kv-listen", addresses.listen[name, "kv"], "--kv-advertise", addresses.advertised[name, "kv"]]
     if name == OVER_GRPC:
         command += ["--kv-transport", "grpc"]
     armed = ["-m", "tests.chaos.armed_worker", str(directory / "points"), name]
-    return _spec(name, directory, [*armed, *command, "--", *_ENGINE])
+    environment = engine.environment(WORKERS.index(name))
+    return _spec(name, directory, [*armed, *command, "--", *engine.engine_options], environment)
 
 
 def _shared(name: str, addresses: Addresses) -> list[str]:
     return ["--etcd", addresses.etcd[name], "--cluster", CLUSTER]
 
 
-def _spec(name: str, directory: Path, arguments: Sequence[str], stage: int = 1) -> ChildSpec:
+def _spec(
+    name: str,
+    directory: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] = MappingProxyType({}),
+    stage: int = 1,
+) -> ChildSpec:
     path = os.pathsep.join([str(_ROOT), str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = {"PYTHONPATH": path, "TMPDIR": str(directory / "tmp"), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return ChildSpec(
         name=name,
         arguments=[sys.executable, *arguments],
-        environment={**MALLOC_ENVIRONMENT, **os.environ, **run},
+        environment={**MALLOC_ENVIRONMENT, **os.environ, **run, **environment},
         log_path=directory / "logs" / f"{name}.log",
         stage=stage,
     )

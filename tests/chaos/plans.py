@@ -39,6 +39,8 @@ class RequestPlan:
     n: int = 1
     seed: int | None = None
     temperature: float = 0.0
+    known: Sequence[int] | None = None
+    """What has to come, where the model is none that can be computed here."""
 
     @property
     def request_id(self) -> str:
@@ -46,6 +48,8 @@ class RequestPlan:
 
     def expected(self) -> list[int]:
         """The tokens of each completion, or the characters of its text where that is what comes."""
+        if self.known is not None:
+            return list(self.known)
         tokens = expected_tokens(self.prompt, self.num_tokens, SimulatedConfig(), self.seed)
         return list(map(ord, expected_text(self.prompt, tokens))) if self.way == "events" else tokens
 

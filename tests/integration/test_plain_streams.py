@@ -97,6 +97,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": [10**9]}),
     (COMPLETIONS, {"prompt": "", "top_k": -7}),
     (COMPLETIONS, {"prompt": "x", "stop": ""}),
+    (COMPLETIONS, {"prompt": "x", "max_tokens": 0}),
 ]
 
 

@@ -68,13 +68,21 @@ class FakeCluster:
         return generated
 
     def assert_idle(self) -> None:
-        """Nothing of any request is left in the coordinator."""
+        """Nothing of any request is left in the coordinator, nor is any told by the workers."""
+        self.assert_nothing_requested()
+        for view in self.pool.views():
+            assert (view.num_queued_prompt_tokens, view.num_running_requests) == (0, 0)
+
+    def assert_nothing_requested(self) -> None:
+        """Nothing of any request is left in the coordinator, whatever the workers say."""
         assert self.engine.num_requests == 0
         assert not self.engine._outputs.request_states
         assert not self.engine._outputs.parent_requests
         assert not self.engine._outputs.external_req_ids
-        for view in self.pool.views():
-            assert (view.num_queued_prompt_tokens, view.num_running_requests) == (0, 0)
+        for member in self.pool._members.values():
+            assert not member.load._prompts
+            assert not member.load.has_sequences
+            assert not member.prefills
 
 
 @contextlib.asynccontextmanager

@@ -140,7 +140,8 @@ def delta(
 class ScriptedModel:
     """A pair of workers that generate `tokens`, whatever is asked, one token per step.
 
-    Stops by max_tokens, or at the end of the script as if its last token were a stop token.
+    Stops by max_tokens, or at the end of the script as if its last token were a stop token. Where log probabilities are
+    asked for, every token is certain.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
@@ -153,7 +154,9 @@ class ScriptedModel:
             self._prompt_lens[request.request_id] = len(request.prompt_token_ids)
             is_last = len(self.tokens) == 1
             finish = common_pb2.FINISH_REASON_STOP if is_last else common_pb2.FINISH_REASON_LENGTH
-            worker.send(delta(request.request_id, self.tokens[:1], finish, num_cached_tokens=0))
+            first = delta(request.request_id, self.tokens[:1], finish, num_cached_tokens=0)
+            _add_logprobs(first, request.prompt_token_ids, request.sampling)
+            worker.send(first)
 
     def decode(self, worker: FakeWorker, message: worker_pb2.CoordinatorMessage) -> None:
         if message.WhichOneof("message") != "decode":
@@ -169,4 +172,22 @@ class ScriptedModel:
                 finish = common_pb2.FINISH_REASON_STOP
             elif position == len(rest) - 1:
                 finish = common_pb2.FINISH_REASON_LENGTH
-            worker.send(delta(request.request_id, [token], finish))
+            said = delta(request.request_id, [token], finish)
+            _add_logprobs(said, request.prompt_token_ids if not position else (), request.sampling)
+            worker.send(said)
+
+
+def _add_logprobs(
+    said: worker_pb2.TokenDelta, prompt_token_ids: Sequence[int], sampling: common_pb2.SamplingParams
+) -> None:
+    if sampling.HasField("logprobs"):
+        said.logprobs.CopyFrom(_certain(said.token_ids, sampling.logprobs))
+    if prompt_token_ids and sampling.HasField("prompt_logprobs"):
+        said.prompt_logprobs.CopyFrom(_certain(prompt_token_ids[1:], sampling.prompt_logprobs))
+
+
+def _certain(token_ids: Sequence[int], num_others: int) -> common_pb2.Logprobs:
+    width = 1 + max(num_others, 0)
+    ids = [each for token in token_ids for each in (token, *range(width - 1))]
+    values = [0.0 if not place % width else -9.0 for place in range(len(ids))]
+    return common_pb2.Logprobs(width=width, token_ids=ids, logprobs=values, sampled_ranks=[1] * len(token_ids))

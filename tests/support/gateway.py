@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+from starlette.types import ASGIApp
 
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
@@ -50,6 +51,29 @@ def exposition(cluster: FakeCluster) -> Exposition:
     return Exposition([CoordinatorCollector("c1", cluster.engine.metrics, Sources(workers=cluster.pool.reports))])
 
 
+def gateway_app(
+    cluster: FakeCluster,
+    *,
+    limits: RequestLimits | None = None,
+    options: ServingOptions | None = None,
+    ready: Callable[[], bool] | None = None,
+    with_plain_streams: bool = True,
+) -> ASGIApp:
+    """See `gateway`."""
+    return build_app(
+        cluster.engine,
+        streams=cluster.engine if with_plain_streams else None,
+        served_model_name=cluster.engine.served_model_name,
+        probes=Probes(
+            ready=ready or (lambda: cluster.engine.is_ready),
+            metrics=exposition(cluster),
+            decision=cluster.engine.decision,
+        ),
+        limits=limits,
+        options=options,
+    )
+
+
 @contextlib.asynccontextmanager
 async def gateway(
     front_end: FrontEnd,
@@ -68,18 +92,7 @@ async def gateway(
     Without plain streams, vLLM's serving classes answer everything.
     """
     async with fake_cluster(front_end, tokens, with_prefill=with_prefill, tracing=tracing, config=config) as cluster:
-        app = build_app(
-            cluster.engine,
-            streams=cluster.engine if with_plain_streams else None,
-            served_model_name=front_end.served_model_name,
-            probes=Probes(
-                ready=ready or (lambda: cluster.engine.is_ready),
-                metrics=exposition(cluster),
-                decision=cluster.engine.decision,
-            ),
-            limits=limits,
-            options=options,
-        )
+        app = gateway_app(cluster, limits=limits, options=options, ready=ready, with_plain_streams=with_plain_streams)
         async with http_server(app, "127.0.0.1:0", drain_s=1) as server:
             url = f"http://127.0.0.1:{server.port}"
             async with (

@@ -42,6 +42,7 @@ class SimulatedWorker:
     info: cluster_pb2.WorkerInfo
     host: WorkerHost
     server: grpc.aio.Server
+    service: WorkerService
 
     async def lose(self) -> None:
         """Its coordinators lose it, now and for good."""
@@ -60,7 +61,7 @@ class SimulatedCluster:
 
     async def wait_idle(self) -> None:
         """Until nothing of any request is left on a worker, lost or not; times out if something stays."""
-        await until(lambda: all(map(_is_idle, self.workers)))
+        await until(lambda: all(map(is_idle, self.workers)))
 
 
 @contextlib.asynccontextmanager
@@ -105,7 +106,7 @@ async def simulated_worker(
         )
         await server.start()
         try:
-            yield SimulatedWorker(info, host, server)
+            yield SimulatedWorker(info, host, server, service)
         finally:
             await server.stop(None)
             await asyncio.to_thread(host.collectives.close)
@@ -155,7 +156,8 @@ async def simulated_coordinator(
         yield engine, pool
 
 
-def _is_idle(worker: SimulatedWorker) -> bool:
+def is_idle(worker: SimulatedWorker) -> bool:
+    """Whether nothing of any request is left there."""
     status = worker_status(worker.host, worker.info.worker_id)
     store = status.store
     return not (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvrelay.launch.readiness import wait_listening
 from tests.chaos.cluster import Cluster
 from tests.chaos.load import Load
 from tests.chaos.members import COORDINATORS, ETCD
+from tests.chaos.plans import RequestPlan
 
 BACK_TIMEOUT_S = 180.0
 """A member that was ended listens again within this time. A coordinator starts for half a minute on a busy machine, and
@@ -34,6 +35,8 @@ class Fault(ABC):
     """Member or link."""
     hold_s: float = 0.0
     """Between `inject` and `heal`."""
+    plans: Sequence[RequestPlan] = ()
+    """What it asks for beside the load."""
 
     @abstractmethod
     def __init__(self, rng: random.Random) -> None:

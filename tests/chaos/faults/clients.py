@@ -43,10 +43,10 @@ class SlowReader(Fault):
 
     def __init__(self, rng: random.Random) -> None:
         self.target = rng.choice(COORDINATORS)
-        self._plan = _extra_plan(rng, self.target, num_tokens=100)
+        self.plans = [_extra_plan(rng, self.target, num_tokens=100)]
 
     async def inject(self, lab: Lab) -> None:
-        answer = lab.load.start(self._plan, pause_s=0.1)
+        answer = lab.load.start(self.plans[0], pause_s=0.1)
         while answer.is_open:
             await asyncio.sleep(0.1)
 
@@ -58,13 +58,13 @@ class Vanish(Fault):
 
     def __init__(self, rng: random.Random) -> None:
         self.target = rng.choice(COORDINATORS)
-        self._plans = [_extra_plan(rng, self.target, num_tokens=1000) for _ in range(3)]
+        self.plans = [_extra_plan(rng, self.target, num_tokens=1000) for _ in range(3)]
         self._after_s = rng.uniform(0.1, 2.0)
 
     async def inject(self, lab: Lab) -> None:
         address = lab.cluster.addresses.listen[self.target, "grpc"]
         async with open_link("vanishing", address) as link, AsyncClient(link.address) as client:
-            answers = [lab.load.start(plan, client) for plan in self._plans]
+            answers = [lab.load.start(plan, client) for plan in self.plans]
             await asyncio.sleep(self._after_s)
             for answer in answers:
                 answer.cancelled = answer.is_open

@@ -78,6 +78,13 @@ def schedule(seed: int, seconds: float, names: Sequence[str] = (), every_s: floa
     return due
 
 
+def once_each(seed: int, names: Sequence[str] = ()) -> list[Due]:
+    """Every kind once, in a random order; the times mean nothing. Raises like `schedule`."""
+    rng = random.Random(f"{seed} faults in turn")
+    kinds = [CATALOGUE[name] for name in names or CATALOGUE]
+    return [Due(0.0, kind(rng)) for kind in rng.sample(kinds, len(kinds))]
+
+
 def _deck(rng: random.Random, kinds: Sequence[type[Fault]]) -> Iterator[type[Fault]]:
     while True:
         yield from rng.sample(kinds, len(kinds))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kvrelay.coordinator.worker_view import take_speeds, view_of
+import math
+
+import pytest
+
+from kvrelay.coordinator.worker_view import drain_s_of, take_speeds, view_of
 from kvrelay.step_times.model import StepTimes
 from kvrelay.v1 import cluster_pb2, worker_pb2
 
@@ -34,3 +38,14 @@ def test_a_report_tells_how_fast_a_worker_is() -> None:
     links = [worker_pb2.LinkSpeed(address="d2:1", bytes_per_s=5e8)]
     take_speeds(view, worker_pb2.WorkerStatus(step_times=times.to_proto(), links=links))
     assert (view.times, dict(view.link_bytes_per_s)) == (times, {"d2:1": 5e8})
+
+
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf, -1.0])
+def test_what_cannot_be_is_unknown(nonsense: float) -> None:
+    worker = cluster_pb2.WorkerInfo(worker_id="d1", weight=nonsense, drain_s=nonsense)
+    view = view_of(worker)
+    assert (view.weight, drain_s_of(worker)) == (1.0, 0.0)
+    links = [worker_pb2.LinkSpeed(address="d2:1", bytes_per_s=nonsense)]
+    times = cluster_pb2.StepTimes(prefill_token_s=nonsense)
+    take_speeds(view, worker_pb2.WorkerStatus(step_times=times, links=links))
+    assert (view.times, dict(view.link_bytes_per_s)) == (StepTimes(), {})
