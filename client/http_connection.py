@@ -109,6 +109,10 @@ class HttpConnection(asyncio.Protocol):
 
     # What httptools calls.
 
+    def on_message_begin(self) -> None:
+        if self._done is None or self._done.done():
+            raise HttpProtocolError("a second answer came to one request")
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
@@ -124,6 +128,9 @@ class HttpConnection(asyncio.Protocol):
             self._answer.body += body
 
     def on_message_complete(self) -> None:
+        if self._answer.status < HTTPStatus.OK:  # Informational: the answer follows.
+            self._answer = Answer()
+            return
         if self._parser is not None and not self._parser.should_keep_alive():
             self.close()
         if self._done is not None and not self._done.done():

@@ -142,7 +142,9 @@ class Dispatcher:
         prefilling = self._is_prefilling_on(flow, worker_id)
         if prefilling or (self._is_decoding_on(flow, worker_id) and not flow.done):
             flow.unfit_worker_ids.add(worker_id)
-            error = GenerationFailedError(f"worker {worker_id} has generated more tokens than were asked for; try again")
+            error = GenerationFailedError(
+                f"worker {worker_id} has generated more tokens than were asked for; try again"
+            )
             self._replan(flow, error, prefilling=prefilling)
 
     def _aborted(self, flow: RequestFlow, worker_id: str) -> None:

@@ -23,7 +23,8 @@ from kvrelay.coordinator.http_routes import Call, Probes, Routes
 from kvrelay.coordinator.http_serving import ServingOptions, build_serving
 from kvrelay.coordinator.plain_streams.serving import PlainStreams, StreamEngine
 from kvrelay.coordinator.request_limits import RequestLimits
-from kvrelay.coordinator.request_terms import current_terms, terms_of_headers
+from kvrelay.coordinator.request_terms import STANDARD_TERMS, current_terms, terms_of_headers
+from kvrelay.deadline import within
 from kvrelay.v1 import inference_pb2
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -99,6 +100,7 @@ class Gateway:
         more_headers = partial(self._explained, request_id) if headers.get(_EXPLAIN) == "1" else list
         reply = Reply(send, request_id, retry_after_s=self._limits.retry_after_s, more_headers=more_headers)
         body = None
+        terms = STANDARD_TERMS
         try:
             method, handler = self._find(scope["path"])
             if scope["method"] != method and (method, scope["method"]) != ("GET", "HEAD"):
@@ -108,12 +110,15 @@ class Gateway:
                     headers={"allow": method},
                 )
             if method == "POST":
-                current_terms.set(terms_of_headers(headers.raw))
-                body = await read_json(receive, headers, self._limits)
-            call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
-            connection = connection_of(scope)
-            if connection is None or not await self._streamed(call, connection):
-                await until_disconnect(receive, handler(call))
+                terms = terms_of_headers(headers.raw)
+                current_terms.set(terms)
+            async with within(terms.left_s(), f"request {request_id}"):
+                if method == "POST":
+                    body = await read_json(receive, headers, self._limits)
+                call = Call(path=scope["path"], headers=headers, request_id=request_id, body=body, reply=reply)
+                connection = connection_of(scope)
+                if connection is None or not await self._streamed(call, connection):
+                    await until_disconnect(receive, handler(call))
         except ClientGoneError:
             return
         except asyncio.CancelledError:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
@@ -158,7 +156,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 def _with_deadline(terms: RequestTerms, context: _Context) -> RequestTerms:
     """The client's: gRPC ends the call by itself then."""
     left_s = context.time_remaining()
-    return terms if left_s is None else replace(terms, ends_s=time.monotonic() + left_s)
+    return terms if left_s is None else terms.within(left_s)
 
 
 async def _abort(context: _Context, error: Exception, request_id: str) -> NoReturn:

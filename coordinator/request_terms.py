@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvrelay.coordinator.admission.request_class import CLASSES, STANDARD, RequestClass
 from kvrelay.errors import InvalidRequestError
@@ -31,6 +31,14 @@ class RequestTerms:
     ends_s: float | None = None
     """When nobody wants the answer any more, by `time.monotonic`; None: as long as somebody is there."""
 
+    def within(self, timeout_s: float) -> RequestTerms:
+        """The same, and nobody wants the answer any more after this time from now."""
+        return replace(self, ends_s=time.monotonic() + timeout_s)
+
+    def left_s(self) -> float | None:
+        """How long somebody wants the answer; None: as long as somebody is there."""
+        return None if self.ends_s is None else max(0.0, self.ends_s - time.monotonic())
+
     def timeout_ms(self) -> int:
         """What a worker is told: a little more than is left, so that a cancel comes first. 0: for ever."""
         if self.ends_s is None:
@@ -45,17 +53,22 @@ current_terms: ContextVar[RequestTerms] = ContextVar("current_terms", default=ST
 
 
 def terms_of_headers(raw: Iterable[tuple[bytes, bytes]]) -> RequestTerms:
-    """Read `x-kvrelay-class`, `-tenant`, `-ttft-s` and `-itl-s`. Raises `InvalidRequestError`."""
+    """Read `x-kvrelay-class`, `-tenant`, `-ttft-s`, `-itl-s` and `-timeout-s`, which counts from now.
+
+    Raises `InvalidRequestError`.
+    """
     given = {name: value.decode("latin-1") for name, value in raw if name.startswith(_PREFIX)}
     if not given:
         return STANDARD_TERMS
-    return _terms(
+    timeout_s = _seconds("x-kvrelay-timeout-s", given.get(b"x-kvrelay-timeout-s"))
+    terms = _terms(
         request_class=given.get(b"x-kvrelay-class", ""),
         tenant=given.get(b"x-kvrelay-tenant", ""),
         ttft_s=_seconds("x-kvrelay-ttft-s", given.get(b"x-kvrelay-ttft-s")),
         itl_s=_seconds("x-kvrelay-itl-s", given.get(b"x-kvrelay-itl-s")),
         name=lambda field: f"x-kvrelay-{field.removeprefix('request_')}",
     )
+    return terms if timeout_s is None else terms.within(timeout_s)
 
 
 def terms_of_request(request: inference_pb2.GenerateRequest) -> RequestTerms:

@@ -73,7 +73,9 @@ async def machines(hosts: Hosts, directory: Path) -> AsyncIterator[Machines]:
     endpoint = f"{hosts.own_address}:{ETCD_PORT}"
     with contextlib.ExitStack() as processes:
         data = directory / "etcd"
-        _start(processes, directory, "etcd", server_arguments(find_etcd(), data, host=hosts.own_address, port=ETCD_PORT))
+        _start(
+            processes, directory, "etcd", server_arguments(find_etcd(), data, host=hosts.own_address, port=ETCD_PORT)
+        )
         await wait_listening(endpoint)
         first, *others = hosts.hosts
         shared = ["--etcd", endpoint]

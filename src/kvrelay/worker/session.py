@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TypeAlias
 
 import structlog
 
-from kvrelay.errors import DeadlineError, InvalidRequestError, KvrelayError
+from kvrelay.deadline import within
+from kvrelay.errors import InvalidRequestError, KvrelayError
 from kvrelay.grpc_options import MAX_MESSAGE_BYTES
 from kvrelay.heartbeat import DEFAULT_HEARTBEAT, HeartbeatConfig, Silence, until_silent
 from kvrelay.v1 import worker_pb2
@@ -123,7 +123,7 @@ class Session:
 
     async def _job(self, request_id: str, work: _Work, timeout_s: float | None) -> None:
         try:
-            async with _deadline(request_id, timeout_s):
+            async with within(timeout_s, f"request {request_id}"):
                 await work()
         except InvalidRequestError as error:
             self._fail(request_id, _Failed.REASON_INVALID, error.message)
@@ -145,15 +145,3 @@ class Session:
         self._cancel(delta.request_id)
         message = f"one answer has {delta.ByteSize()} bytes and at most {_MAX_DELTA_BYTES} can be sent; ask for fewer"
         self._fail(delta.request_id, _Failed.REASON_INVALID, f"{message} log probabilities")
-
-
-@contextlib.asynccontextmanager
-async def _deadline(request_id: str, timeout_s: float | None) -> AsyncIterator[None]:
-    """End what is inside after this time. Raises `DeadlineError` then."""
-    try:
-        async with asyncio.timeout(timeout_s) as limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise DeadlineError(f"the deadline of request {request_id} passed after {timeout_s:g} s") from None

@@ -29,7 +29,7 @@ async def _open() -> AsyncIterator[AsyncCheck]:
             answer = await _say(server.port, pieces(data))
             assert not answer or answer.startswith(b"HTTP/1.1 "), answer
             assert b"HTTP/1.1 500" not in answer, answer
-            await eventually(lambda: not open_connections, "the connection is closed")
+            await eventually(lambda: not open_connections and not cluster.engine.num_requests, "all of it is over")
             cluster.assert_nothing_requested()
             for worker in (cluster.prefill, cluster.decode):
                 worker.received.clear()
