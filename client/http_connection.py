@@ -129,7 +129,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self._answer.status < HTTPStatus.OK:  # Informational: the answer follows.
-            self._answer = Answer()
+            self._answer, self._has_headers = Answer(), False
             return
         if self._parser is not None and not self._parser.should_keep_alive():
             self.close()

@@ -114,11 +114,8 @@ class Dispatcher:
         aborted: list[RequestFlow] = []
         misled: dict[str, RequestFlow] = {}
         for delta in step.deltas:
-            flow = self._flows.get(delta.request_id)
-            if flow is None or not flow.has_job(delta.request_id) or flow.job_id in misled:
-                continue
-            if flow.is_too_much(delta):
-                misled[flow.job_id] = flow
+            flow = self._flow_told_of(delta, misled)
+            if flow is None:
                 continue
             if delta.finish_reason == common_pb2.FINISH_REASON_ABORT and self._is_decoding_on(flow, worker_id):
                 delta.ClearField("finish_reason")
@@ -136,6 +133,16 @@ class Dispatcher:
             self._aborted(flow, worker_id)
         for flow in misled.values():
             self._misled(flow, worker_id)
+
+    def _flow_told_of(self, delta: worker_pb2.TokenDelta, misled: dict[str, RequestFlow]) -> RequestFlow | None:
+        """None for what is over or was of an earlier plan, and for what cannot be: that goes to `misled`."""
+        flow = self._flow_with_job(delta.request_id)
+        if flow is None or flow.job_id in misled:
+            return None
+        if flow.is_too_much(delta):
+            misled[flow.job_id] = flow
+            return None
+        return flow
 
     def _misled(self, flow: RequestFlow, worker_id: str) -> None:
         """The worker's account of the request is wrong: what it says of it cannot be used."""
@@ -155,8 +162,8 @@ class Dispatcher:
             self._replan(flow, error, prefilling=False)
 
     def on_request_failed(self, worker_id: str, failed: worker_pb2.RequestFailed) -> None:
-        flow = self._flows.get(failed.request_id)
-        if flow is None or not flow.has_job(failed.request_id):
+        flow = self._flow_with_job(failed.request_id)
+        if flow is None:
             return
         if self._is_pushing_from(flow, worker_id):
             self._push_lost(flow)
@@ -206,6 +213,11 @@ class Dispatcher:
     def on_closed(self) -> None:
         """Nobody will come for whom requests wait."""
         self._waiting.give_up()
+
+    def _flow_with_job(self, request_id: str) -> RequestFlow | None:
+        """None for what is over, or was of an earlier plan."""
+        flow = self._flows.get(request_id)
+        return flow if flow is not None and flow.has_job(request_id) else None
 
     def _distinct_flows(self) -> list[RequestFlow]:
         return list({id(flow): flow for flow in self._flows.values()}.values())

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _NETWORK = "10.213.87"
-"""Of documentation's sort: nobody routes it on a machine that runs tests."""
+"""Nobody routes it on a machine that runs tests."""
 
 
 class NoHostsError(RuntimeError):
@@ -50,7 +50,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def open_hosts(number: int) -> Iterator[Hosts]:
-    """Raises `NoHostsError` where that takes rights or a kernel that are not there. What runs in them must have ended."""
+    """Raises `NoHostsError` where they cannot be had. What runs in them must have ended at the exit."""
     if os.geteuid():
         raise NoHostsError("network namespaces take root")
     if shutil.which("ip") is None:
