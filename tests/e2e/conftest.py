@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvrelay.models import default_cache_dir, resolve_model
+from tests.support.default_model import default_model_path
 from tests.support.live_cluster import LiveCluster, live_cluster
 from tests.support.one_cluster import OneCluster
 from tests.support.otlp_receiver import OtlpReceiver, otlp_receiver
@@ -21,8 +20,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
-    """The default model, prepared if need be."""
-    return resolve_model("", default_cache_dir(dict(os.environ))).path
+    return default_model_path()
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from kvrelay.coordinator.front_end import FrontEnd, FrontEndConfig, build_front_end
+from tests.support.default_model import default_model_path
 from tests.support.fake_worker import MODEL
 
 
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
-    return Path.home() / ".cache/kvrelay/models/SmolLM2-135M-Instruct"
+    return Path(default_model_path())
 
 
 @pytest.fixture(scope="session")
