@@ -23,7 +23,7 @@ def small_plans(seed: int) -> list[RequestPlan]:
 
 
 def fitted(plan: RequestPlan) -> RequestPlan:
-    """Cut to size, and with one answer only: random without a seed is another one every time, and greedy `n` is none."""
+    """Cut to size, and with one answer: random without a seed has many, and greedy decoding takes no `n`."""
     return replace(
         plan,
         prompt=plan.prompt[:_MOST_PROMPT_TOKENS],
