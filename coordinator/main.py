@@ -53,6 +53,9 @@ _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+MEET_WORKERS_TIMEOUT_S = 3.0
+"""Without etcd, or with a worker that does not answer, the ports open then."""
+
 
 def run_coordinator(config: CoordinatorConfig) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
@@ -116,10 +119,13 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
                 limits=config.limits,
                 options=config.serving,
             )
+            listed = asyncio.Event()
+            following = follow_workers(etcd, config.cluster, pool, on_connected=lambda _: listed.set())
             loops = [
-                tasks.create_task(follow_workers(etcd, config.cluster, pool), name="follow workers"),
+                tasks.create_task(following, name="follow workers"),
                 tasks.create_task(replica.follow(etcd, config.cluster), name="follow prefixes"),
             ]
+            await _meet_workers(pool, listed)
             standing = tasks.create_task(chores.run(etcd), name="chores of the cluster")
             try:
                 async with (
@@ -145,6 +151,14 @@ async def running(config: CoordinatorConfig, tracing: Tracing) -> AsyncIterator[
             finally:
                 for loop in (*loops, standing):
                     loop.cancel()
+
+
+async def _meet_workers(pool: WorkerPool, listed: asyncio.Event) -> None:
+    """Whoever asks at once is served: a replica that starts would refuse what others have workers for."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(MEET_WORKERS_TIMEOUT_S):
+            await listed.wait()
+            await pool.tried()
 
 
 def _connections(config: CoordinatorConfig) -> ConnectionLimits:

@@ -61,6 +61,8 @@ class WorkerLink:
     ) -> None:
         self.worker = worker
         self.connected = False
+        self.tried = asyncio.Event()
+        """Set once it has been connected, or could not be."""
         self._coordinator_id = coordinator_id
         self._events = events
         self._max_queued_messages = max_queued_messages
@@ -128,6 +130,7 @@ class WorkerLink:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = await self._shake_hands(stream)
             self.connected = True
+            self.tried.set()
             self._events.on_connected(self)
             silence = self._heartbeat.silence_of(hello.heartbeat_ms)
             async with asyncio.TaskGroup() as tasks:
@@ -204,6 +207,7 @@ class WorkerLink:
 
     def _disconnected(self, reason: str) -> None:
         was_connected, self.connected = self.connected, False
+        self.tried.set()
         self._outbox.clear()
         if was_connected:
             self._events.on_lost(self, reason)

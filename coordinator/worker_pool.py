@@ -49,7 +49,7 @@ class PoolListener(Protocol):
 class WorkerPool:
     """Follows membership by `join`, `update` and `leave`; open it with `running()`.
 
-    All methods belong to the event loop and none of them waits.
+    All methods belong to the event loop, and none but `tried` waits.
     """
 
     def __init__(
@@ -131,6 +131,11 @@ class WorkerPool:
             member.departed = True
             self._retire(member)
             self._notify_changed()
+
+    async def tried(self) -> None:
+        """Wait until each worker that has joined is connected, or could not be."""
+        for member in list(self._members.values()):
+            await member.link.tried.wait()
 
     def views(self) -> Sequence[WorkerView]:
         """The connected workers that take requests. The views are live: read them at once."""

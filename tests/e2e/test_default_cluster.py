@@ -22,7 +22,7 @@ from tests.support.otlp_receiver import OtlpReceiver, assert_one_tree
 
 pytestmark = pytest.mark.timeout(600)
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 MODEL = "SmolLM2-135M-Instruct"
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 

@@ -67,7 +67,7 @@ class Load:
         body |= {"model": self.state.model, "return_token_ids": True}
         async with httpx.AsyncClient(base_url=self.state.http_url, timeout=60) as http:
             answer = await http.post("/v1/completions", json=body)
-        answer.raise_for_status()
+        assert answer.status_code == 200, answer.text
         return list(answer.json()["choices"][0]["token_ids"])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvrelay.launch.places import Places
 from kvrelay.launch.plan import UpConfig
 
-_QUESTION = "What is the capital of France?"
+_QUESTION = "Name the capital of France."
 
 
 def announcement(config: UpConfig, places: Places, took_s: float) -> Iterator[str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvrelay.coordinator import main
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.main import running
@@ -56,6 +58,9 @@ async def worker(client: EtcdClient, worker_id: str, role: cluster_pb2.Role, res
     await fake.start()
     try:
         async with register(client, worker_key("default", worker_id), fake.info):
+            async with asyncio.timeout(10):
+                while await client.get(worker_key("default", worker_id)) is None:
+                    pass
             yield fake
     finally:
         await fake.stop()
@@ -101,6 +106,33 @@ async def test_serves_workers_as_they_come_and_go(model_folder: Path) -> None:
             assert tokens == [1000, 1001]
             assert 'kvrelay_requests_total{coordinator="c1",outcome="ok"} 2.0' in (await http.get("/metrics")).text
         await wait_health(channel, SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert (await http.get("/ready")).status_code == 503
+
+
+async def test_workers_that_were_there_before_serve_its_first_request(model_folder: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint, client = await stack.enter_async_context(etcd_client())
+        script = ScriptedModel([1000, 1001, 1002])
+        await stack.enter_async_context(worker(client, "d1", cluster_pb2.ROLE_DECODE, script.decode))
+        info = await stack.enter_async_context(running(config_of(endpoint, model_folder), Tracing()))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=info.http_url))
+        assert (await http.get("/ready")).status_code == 200
+
+
+async def test_worker_that_says_nothing_does_not_keep_the_ports_closed(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "MEET_WORKERS_TIMEOUT_S", 0.2)
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint, client = await stack.enter_async_context(etcd_client())
+        port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        record = cluster_pb2.WorkerInfo(
+            worker_id="d1", role=cluster_pb2.ROLE_DECODE, model=MODEL, address=f"127.0.0.1:{port}"
+        )
+        await stack.enter_async_context(register(client, worker_key("default", "d1"), record))
+        async with asyncio.timeout(4):  # A worker has longer to say hello.
+            info = await stack.enter_async_context(running(config_of(endpoint, model_folder), Tracing()))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=info.http_url))
         assert (await http.get("/ready")).status_code == 503
 
 
@@ -231,6 +263,7 @@ async def test_taken_port_is_an_error_that_leaves_nothing(model_folder: Path, ki
 
 PROGRAM = """
 import sys
+from kvrelay.coordinator import main
 from kvrelay.coordinator.config import CoordinatorConfig
 from kvrelay.coordinator.front_end import FrontEndConfig
 from kvrelay.coordinator.main import run_coordinator
