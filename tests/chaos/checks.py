@@ -31,6 +31,8 @@ IDLE_TIMEOUT_S = 10.0
 WHOLE_TIMEOUT_S = 60.0
 _TIDY_TIMEOUT_S = 5.0
 _POLL_S = 0.2
+_MEETING_FILE = "vllm_dist_"
+"""What vLLM's ranks meet over; a killed engine leaves it in its temporary folder, which ends with the run."""
 _ZERO = re.compile(
     r"^kvrelay_(in_flight_requests|queued_requests|prefix_index_speculated_entries|worker_running_requests"
     r"|worker_queued_prompts|worker_queued_prompt_tokens|worker_context_tokens|worker_engine_running_requests"
@@ -159,4 +161,5 @@ def unmapped_shared_memory() -> set[str]:
 
 def _named_segments(directory: Path) -> Sequence[Path]:
     """Of stores that were given files."""
-    return [path for path in (directory / "tmp").iterdir() if path.is_file()]
+    files = [path for path in (directory / "tmp").iterdir() if path.is_file()]
+    return [path for path in files if not path.name.startswith(_MEETING_FILE)]

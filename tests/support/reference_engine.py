@@ -30,6 +30,7 @@ def reference_answers(model: str, cases: str, scratch: Path) -> dict[str, Any]:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "TORCHINDUCTOR_CACHE_DIR": str(scratch),
