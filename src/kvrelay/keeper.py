@@ -25,7 +25,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 LAST_WORDS_S = 3.0
 """For processes that clean up after dead ones, such as multiprocessing's resource tracker; a busy machine is slow."""
-_KILL_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 10.0
+"""A killed process frees all of its memory before its pipes are closed: gigabytes take seconds on a busy machine."""
 _SHM = "/dev/shm/"  # noqa: S108 - read, and only what is listed there is removed
 
 
@@ -70,6 +71,23 @@ def is_cleaning_up(pid: int) -> bool:
     except OSError:
         return False
     return any(word.startswith(b"from multiprocessing.resource_tracker import main") for word in words)
+
+
+class LastWords:
+    """Whom to kill now: resource trackers only when all others have been gone for `LAST_WORDS_S`.
+
+    A tracker begins to clean up when the last process that told it of something has closed its pipe.
+    """
+
+    def __init__(self) -> None:
+        self._until_s = time.monotonic() + LAST_WORDS_S
+
+    def over(self, pids: Sequence[int]) -> list[int]:
+        """Those of `pids`, which are all that is left, whose time is over."""
+        others = [pid for pid in pids if not is_cleaning_up(pid)]
+        if others:
+            self._until_s = time.monotonic() + LAST_WORDS_S
+        return others if time.monotonic() < self._until_s else list(pids)
 
 
 def shared_memory(pids: Sequence[int]) -> set[Path]:
@@ -135,7 +153,7 @@ def _wait(child: int, watched: set[signal.Signals], grace_s: float) -> int:
         if received is None:
             if kill_at is not None:
                 kill([pid for pid in descendants(os.getpid()) if not is_cleaning_up(pid)])
-                kill_at = time.monotonic() + _KILL_TIMEOUT_S
+                kill_at = time.monotonic() + KILL_TIMEOUT_S
         elif received.si_signo != signal.SIGCHLD:
             if kill_at is None:
                 os.kill(child, signal.SIGTERM)
@@ -160,17 +178,16 @@ def reap(child: int | None = None) -> int | None:
 
 
 def _end_descendants() -> None:
-    own = os.getpid()
-    begin = time.monotonic()
+    own, deadline = os.getpid(), time.monotonic() + KILL_TIMEOUT_S
     files: set[Path] = set()
-    while time.monotonic() < begin + _KILL_TIMEOUT_S:
+    last_words = LastWords()
+    while time.monotonic() < deadline:
         reap()
         left = list(descendants(own))
         if not left:
             break
         files |= shared_memory(left)
-        patient = time.monotonic() < begin + LAST_WORDS_S
-        kill([pid for pid in left if not (patient and is_cleaning_up(pid))])
+        kill(last_words.over(left))
         signal.sigtimedwait({signal.SIGCHLD}, 0.05)
     remove_unused(files)
 

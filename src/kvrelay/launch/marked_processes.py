@@ -14,7 +14,6 @@ A child that supervises children itself takes its own mark for their run.
 """
 
 _POLL_S = 0.02
-_TIMEOUT_S = 5.0
 
 
 def mark(run_id: str, child: str = "") -> str:
@@ -38,14 +37,14 @@ async def end_marked(value: str, *, whole: bool) -> int:
     Shared memory that only they had is removed.
     """
     loop = asyncio.get_running_loop()
-    began = loop.time()
+    deadline_s = loop.time() + keeper.KILL_TIMEOUT_S
+    last_words = keeper.LastWords()
     found: set[int] = set()
     files: set[Path] = set()
-    while (pids := marked(value, whole=whole)) and loop.time() < began + _TIMEOUT_S:
+    while (pids := marked(value, whole=whole)) and loop.time() < deadline_s:
         found.update(pids)
         files |= keeper.shared_memory(pids)
-        patient = loop.time() < began + keeper.LAST_WORDS_S
-        keeper.kill([pid for pid in pids if not (patient and keeper.is_cleaning_up(pid))])
+        keeper.kill(last_words.over(pids))
         await asyncio.sleep(_POLL_S)
     keeper.remove_unused(files)
     return len(found)
