@@ -47,7 +47,7 @@ class ClusterEngineConfig:
     kv_wait_ms: int = 10_000
     """How long a decode worker waits for announced KV blocks before it computes what is missing."""
     max_plans: int = 3
-    """Of one request at most, the first included: it is planned again when its workers are lost."""
+    """See `DispatcherConfig`."""
     wait_for_workers_s: float = 60.0
     """How long a request that has lost its worker waits for another to come."""
     max_requests: int = 4096

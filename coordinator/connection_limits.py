@@ -11,14 +11,14 @@ _SPARE_FILES = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """Of the HTTP API."""
+    """Of the HTTP API, and where gRPC has no limit of its own."""
 
     max_connections: int = 16_384
     """More are answered with 503 and closed; fewer where the process may not open so many files."""
     header_timeout_s: float = 10.0
     """How long a client may take for headers: from connecting, or from the first byte of its next request."""
     stall_timeout_s: float = 60.0
-    """A client that takes nothing of what it is sent for so long is disconnected."""
+    """A client that takes nothing of what it is sent for so long is disconnected, or its call over gRPC ended."""
 
 
 def raise_open_files() -> int:

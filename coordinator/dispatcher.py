@@ -36,13 +36,17 @@ _FAILURES: dict[int, type[KvrelayError]] = {
 }
 
 
+MAX_FAILED_PLANS = 10
+"""Of one request, wherever they failed: one that kills each worker after some tokens must not go on for ever."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherConfig:
     model: str
     kv_wait_ms: int = 10_000
     """How long the decode worker waits for blocks that were announced, after the first token."""
     max_plans: int = 3
-    """Of one request at most, the first included."""
+    """Of one request, the first included, may fail at the same token: there it kills workers, perhaps."""
     wait_for_workers_s: float = 60.0
     """How long a request that has lost its worker waits for another to come."""
 
@@ -229,8 +233,8 @@ class Dispatcher:
         over.
         """
         _log.warning("plan failed", request_id=flow.job_id, prefilling=prefilling, reason=error.message)
-        flow.num_failed_plans += 1
-        if flow.num_failed_plans < self._config.max_plans:
+        flow.plan_failed()
+        if flow.num_failed_here < self._config.max_plans and flow.num_failed_plans < MAX_FAILED_PLANS:
             self._give_up(flow, error)
             self._go_on(flow, error)
         elif prefilling and not isinstance(error, WorkerLostError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 import grpc
@@ -15,6 +16,7 @@ from vllm.inputs import EngineInput
 
 from kvrelay.coordinator.client_sampling import client_sampling
 from kvrelay.coordinator.cluster_engine import ClusterEngine
+from kvrelay.coordinator.connection_limits import ConnectionLimits
 from kvrelay.coordinator.generate_responses import ResponseBuilder
 from kvrelay.coordinator.grpc_checks import check_detokenize, check_generate, check_tokenize
 from kvrelay.coordinator.prompt_rendering import ChatTemplate, render_chat, render_text, render_token_ids
@@ -23,6 +25,7 @@ from kvrelay.coordinator.request_terms import RequestTerms, current_terms, terms
 from kvrelay.coordinator.vllm_errors import from_vllm_error
 from kvrelay.errors import (
     RETRY_AFTER_METADATA,
+    DeadlineError,
     GenerationFailedError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -42,45 +45,70 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Translates, calls the engine, maps errors. Cancelling a call ends its generation."""
 
     def __init__(
-        self, engine: ClusterEngine, *, template: ChatTemplate | None = None, limits: RequestLimits | None = None
+        self,
+        engine: ClusterEngine,
+        *,
+        template: ChatTemplate | None = None,
+        limits: RequestLimits | None = None,
+        stall_timeout_s: float = ConnectionLimits().stall_timeout_s,
     ) -> None:
         self._engine = engine
+        self._stall_timeout_s = stall_timeout_s
         self._limits = limits or RequestLimits()
         self._template = template or ChatTemplate()
         self._default_sampling = engine.model_config.get_diff_sampling_param()
 
-    async def Generate(
+    async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: _Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> None:
         request_id = request.request_id or f"generate-{uuid.uuid4().hex}"
         try:
-            self._check_model(request.model)
-            if not _REQUEST_ID.fullmatch(request_id):
-                raise InvalidRequestError(
-                    "request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id"
-                )
-            check_generate(request, self._bounds())
-            current_terms.set(_with_deadline(terms_of_request(request), context))
-            prompt = await self._render(request)
-            params = client_sampling(request.sampling, self._default_sampling)
-            builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs, request.resume)
-            outputs = self._engine.generate(
-                prompt,
-                params,
-                request_id,
-                prompt_text=request.text or None,
-                priority=request.priority,
-                trace_headers=_trace_headers(context),
-                resume=request.resume,
-            )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    for response in builder.responses(output):
-                        if request.include_timeline and response.HasField("usage"):
-                            response.timeline.CopyFrom(self._engine.timeline(request_id) or response.timeline)
-                        yield response
+            async with contextlib.aclosing(self._responses(request, request_id, context)) as responses:
+                is_first = True
+                async for response in responses:
+                    await self._write(response, context, is_first=is_first)
+                    is_first = False
         except Exception as error:
             await _abort(context, error, request_id)
+
+    async def _responses(
+        self, request: inference_pb2.GenerateRequest, request_id: str, context: _Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
+        self._check_model(request.model)
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidRequestError("request_id must be at most 128 characters of [A-Za-z0-9._-]", field="request_id")
+        check_generate(request, self._bounds())
+        current_terms.set(_with_deadline(terms_of_request(request), context))
+        prompt = await self._render(request)
+        params = client_sampling(request.sampling, self._default_sampling)
+        builder = ResponseBuilder(request_id, params.logprobs, params.prompt_logprobs, request.resume)
+        outputs = self._engine.generate(
+            prompt,
+            params,
+            request_id,
+            prompt_text=request.text or None,
+            priority=request.priority,
+            trace_headers=_trace_headers(context),
+            resume=request.resume,
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                for response in builder.responses(output):
+                    if request.include_timeline and response.HasField("usage"):
+                        response.timeline.CopyFrom(self._engine.timeline(request_id) or response.timeline)
+                    yield response
+
+    async def _write(self, response: inference_pb2.GenerateResponse, context: _Context, *, is_first: bool) -> None:
+        """gRPC waits without end for a client that takes nothing. The status reaches it if it reads again."""
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            error = f"nothing of the answer was taken for {self._stall_timeout_s:g} s, so the request is over"
+            _log.warning("a client does not read", request_id=response.request_id)
+            if is_first:  # gRPC cannot send a status while its headers are under way.
+                raise asyncio.CancelledError(error) from None
+            raise DeadlineError(error) from None
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: _Context

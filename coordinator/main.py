@@ -224,7 +224,13 @@ async def _grpc_server(
     )
     template = ChatTemplate(text=config.serving.chat_template, arguments=config.serving.chat_template_kwargs)
     inference_pb2_grpc.add_InferenceServicer_to_server(
-        InferenceService(engine, template=template, limits=config.limits), server
+        InferenceService(
+            engine,
+            template=template,
+            limits=config.limits,
+            stall_timeout_s=config.connections.stall_timeout_s,
+        ),
+        server,
     )
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

@@ -53,6 +53,8 @@ class RequestFlow:
         self.num_plans = 0
         self.num_failed_plans = 0
         """Those that a worker had a part of and failed; a plan that nobody got does not count."""
+        self.num_failed_here = 0
+        """Of them, those that failed since the last token came."""
         self.unfit_worker_ids: set[str] = set()
         """They live and could not serve it."""
         self._full_kv_wait_ms = kv_wait_ms
@@ -78,6 +80,7 @@ class RequestFlow:
         self._exact = exact_on_prefill(self._first.sampling, len(self._jobs))
         self._num_cached_tokens: int | None = None
         self._decoding = False
+        self._has_brought_tokens = False
 
     @property
     def done(self) -> bool:
@@ -119,6 +122,11 @@ class RequestFlow:
     def may_split(self) -> bool:
         """Whether one prefill serves all that is left: completions that have begun differ."""
         return len(self.open_ids) == 1 or not any(self._generated[each] for each in self.open_ids)
+
+    def plan_failed(self) -> None:
+        """Count it."""
+        self.num_failed_plans += 1
+        self.num_failed_here = 1 if self._has_brought_tokens else self.num_failed_here + 1
 
     def give_up(self, reason: str) -> None:
         """The plan has failed; `restart` follows, or nothing."""
@@ -255,6 +263,7 @@ class RequestFlow:
         """The client gets it under the name that it knows, and sees the prompt as prefilled once, wherever that was."""
         completion_id = completion.request_id
         self._generated[completion_id].extend(delta.token_ids)
+        self._has_brought_tokens |= bool(delta.token_ids)
         if self.num_plans > 1:
             delta.request_id = completion_id
         if completion_id not in self._seen:

@@ -25,8 +25,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 LAST_WORDS_S = 3.0
 """For processes that clean up after dead ones, such as multiprocessing's resource tracker; a busy machine is slow."""
-KILL_TIMEOUT_S = 10.0
-"""A killed process frees all of its memory before its pipes are closed: gigabytes take seconds on a busy machine."""
+KILL_TIMEOUT_S = 30.0
+"""A killed process frees all of its memory before its pipes are closed: gigabytes took 10 s on a busy machine."""
 _SHM = "/dev/shm/"  # noqa: S108 - read, and only what is listed there is removed
 
 

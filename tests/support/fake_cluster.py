@@ -12,6 +12,7 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from kvrelay.coordinator.breaker import BreakerConfig
 from kvrelay.coordinator.cluster_engine import ClusterEngine, ClusterEngineConfig
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.scheduler.policies import make_scheduler
@@ -93,13 +94,14 @@ async def fake_cluster(
     with_prefill: bool = True,
     tracing: Tracing | None = None,
     config: ClusterEngineConfig | None = None,
+    breaker: BreakerConfig | None = None,
 ) -> AsyncIterator[FakeCluster]:
     """With `tokens` the workers generate these; without, the test speaks for them."""
     model = ScriptedModel(tokens) if tokens else None
     name = front_end.served_model_name
     prefill = FakeWorker("p1", cluster_pb2.ROLE_PREFILL, model and model.prefill, model=name)
     decode = FakeWorker("d1", cluster_pb2.ROLE_DECODE, model and model.decode, model=name)
-    pool = WorkerPool("coordinator-1")
+    pool = WorkerPool("coordinator-1", breaker=breaker)
     engine = ClusterEngine(front_end, pool, scheduler=make_scheduler("least-loaded"), tracing=tracing, config=config)
     workers = [prefill, decode] if with_prefill else [decode]
     try:

@@ -20,6 +20,7 @@ from kvrelay.cli.option_groups import ApiOptions, EngineOptions, ModelOptions, O
 from kvrelay.cli.parsing import check_engine_options
 from kvrelay.cli.preflight import check_can_listen, check_disk, check_etcd, check_otlp
 from kvrelay.cli.process_id import own_id
+from kvrelay.cli.replanning_options import ReplanningOptions
 from kvrelay.cli.running import running
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def coordinator(
     admission: AdmissionOptions,
     observe: ObserveOptions,
     detection: HeartbeatOptions,
+    replanning: ReplanningOptions,
     connections: ConnectionOptions,
 ) -> None:
     """Run one coordinator: the OpenAI API, the gRPC API, and the scheduler in front of the workers.
@@ -150,7 +152,11 @@ def coordinator(
             cost=CostConfig(local_prefill=member.local_prefill.value),
             front_end=_front_end(front_end, found),
             serving=_serving(front_end),
-            engine=ClusterEngineConfig(admission=admission.config()),
+            engine=ClusterEngineConfig(
+                admission=admission.config(),
+                max_plans=replanning.max_plans,
+                wait_for_workers_s=replanning.wait_for_workers_s,
+            ),
             heartbeat=detection.heartbeat(),
             connections=connections.limits(),
             otlp_endpoint=observe.otlp,
@@ -228,6 +234,7 @@ class ChildrenOptions:
 
     prefill_args: opt.PrefillArgsOption = None
     decode_args: opt.DecodeArgsOption = None
+    coordinator_args: opt.CoordinatorArgsOption = None
     kv_cache_gib: Annotated[
         int, typer.Option(min=1, rich_help_panel=opt.MODEL, help="Each CPU engine's own KV cache, GiB.")
     ] = 1
@@ -302,6 +309,7 @@ def _up_config(
             *("--policy", cluster.policy.value, "--local-prefill", cluster.local_prefill.value),
             *admission.arguments(),
             *detection.heartbeat_arguments(),
+            *(children.coordinator_args or ()),
         ),
         worker_options=detection.arguments(),
         kv_host_bytes=engine.kv_host_bytes,

@@ -189,6 +189,16 @@ PrefillArgsOption = Annotated[
         help="More engine options, in one string, for prefill workers only.",
     ),
 ]
+CoordinatorArgsOption = Annotated[
+    EngineArgs | None,
+    typer.Option(
+        "--coordinator-args",
+        parser=parse_engine_args,
+        metavar="'OPTIONS'",
+        rich_help_panel=API,
+        help="More options of `kvrelay coordinator`, in one string, like '--stall-timeout 20'.",
+    ),
+]
 DecodeArgsOption = Annotated[
     EngineArgs | None,
     typer.Option(

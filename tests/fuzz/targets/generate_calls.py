@@ -35,9 +35,7 @@ async def _check(cluster: FakeCluster, service: InferenceService, data: bytes) -
         match data[0] % 3:
             case 0:
                 request = inference_pb2.GenerateRequest.FromString(data[1:])
-                async with contextlib.aclosing(cast("Any", service.Generate(request, context))) as responses:
-                    async for response in responses:
-                        response.SerializeToString()
+                await service.Generate(request, context)
             case 1:
                 await service.Tokenize(inference_pb2.TokenizeRequest.FromString(data[1:]), context)
             case 2:

@@ -20,6 +20,7 @@ from kvrelay.coordinator.sampling_checks import SAMPLING
 from kvrelay.errors import RequestTooLargeError
 from kvrelay.grpc_options import MAX_MESSAGE_BYTES, open_channel, server_options
 from kvrelay.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+from tests.support.deaf_grpc import deaf_client
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.support.fake_worker import MODEL, delta
 
@@ -32,14 +33,30 @@ async def service(
     front_end: FrontEnd, tokens: Sequence[int] | None = None, *, max_message_bytes: int = MAX_MESSAGE_BYTES
 ) -> AsyncIterator[tuple[FakeCluster, Any]]:
     """A cluster and a stub of its Inference service."""
+    async with (
+        served(front_end, tokens, max_message_bytes=max_message_bytes) as (cluster, port),
+        open_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        yield cluster, inference_pb2_grpc.InferenceStub(channel)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    front_end: FrontEnd,
+    tokens: Sequence[int] | None = None,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    stall_timeout_s: float = 60.0,
+) -> AsyncIterator[tuple[FakeCluster, int]]:
+    """A cluster and the port of its Inference service."""
     async with fake_cluster(front_end, tokens) as cluster:
         server = grpc.aio.server(options=server_options(max_message_bytes=max_message_bytes))
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(cluster.engine), server)
+        servicer = InferenceService(cluster.engine, stall_timeout_s=stall_timeout_s)
+        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
-            async with open_channel(f"127.0.0.1:{port}") as channel:
-                yield cluster, inference_pb2_grpc.InferenceStub(channel)
+            yield cluster, port
         finally:
             await server.stop(None)
 
@@ -313,3 +330,35 @@ async def test_a_deadline_that_passes_frees_the_workers(front_end: FrontEnd) -> 
         await cluster.prefill.wait_for("cancel")
         await cluster.decode.wait_for("cancel")
         cluster.assert_idle()
+
+
+@pytest.mark.parametrize("window_bytes", [0, 100])
+async def test_a_call_whose_client_takes_nothing_is_ended(front_end: FrontEnd, window_bytes: int) -> None:
+    request = Generate(token_ids=common_pb2.TokenIds(ids=PROMPT), sampling=greedy(max_tokens=50))
+    async with served(front_end, stall_timeout_s=0.3) as (cluster, port), deaf_client(port) as client:
+        client.call("/kvrelay.v1.Inference/Generate", request.SerializeToString(), window_bytes=window_bytes)
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        cluster.prefill.send(delta(prefill.request_id, [5]))
+        (decode,) = await cluster.decode.wait_for("decode")
+        for token in range(6, 12):
+            cluster.decode.send(delta(decode.request_id, [token]))
+            await asyncio.sleep(0.02)
+        await cluster.decode.wait_for("cancel")
+        cluster.assert_idle()
+        if window_bytes:  # Of a client that never took anything nobody hears what it is told.
+            client.listen()
+            async with asyncio.timeout(10):
+                assert await client.ended() > window_bytes
+
+
+async def test_a_call_that_waits_for_tokens_is_not_ended(front_end: FrontEnd) -> None:
+    request = Generate(token_ids=common_pb2.TokenIds(ids=PROMPT), sampling=greedy(max_tokens=50))
+    async with (
+        served(front_end, stall_timeout_s=0.2) as (cluster, port),
+        open_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+        (prefill,) = await cluster.prefill.wait_for("prefill")
+        await asyncio.sleep(0.5)
+        cluster.prefill.send(delta(prefill.request_id, [5], common_pb2.FINISH_REASON_STOP))
+        assert [list(response.token_ids) for response in await collect(call)] == [[5]]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
+from kvrelay.coordinator.breaker import BreakerConfig
 from kvrelay.coordinator.cluster_engine import ClusterEngineConfig
+from kvrelay.coordinator.dispatcher import MAX_FAILED_PLANS
 from kvrelay.coordinator.front_end import FrontEnd
 from kvrelay.coordinator.vllm_errors import ClusterRequestError
 from kvrelay.errors import OverloadedError, WorkerLostError
@@ -17,6 +20,7 @@ from tests.support.fake_cluster import FakeCluster, fake_cluster, until
 from tests.support.fake_worker import delta
 
 _LENGTH = common_pb2.FINISH_REASON_LENGTH
+_PATIENT = BreakerConfig(max_failures=100)
 
 
 async def test_request_goes_on_when_its_decode_worker_comes_back(front_end: FrontEnd) -> None:
@@ -153,6 +157,44 @@ def _fill_outbox(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> list[
 
     monkeypatch.setattr(cluster.pool, "send_decodes", refuse)
     return refusals
+
+
+async def _lose_workers(cluster: FakeCluster, tokens: Sequence[int | None]) -> None:
+    """One after the other; each has generated the token before, or none."""
+    for number, token in enumerate(tokens, 1):
+        *_, decode = await cluster.decode.wait_for("decode", number)
+        if token is not None:
+            num_generated = cluster.engine.metrics.num_generated_tokens
+            cluster.decode.send(delta(decode.request_id, [token]))
+            await until(lambda before=num_generated: cluster.engine.metrics.num_generated_tokens > before)
+        cluster.decode.hang_up()
+
+
+async def test_a_request_that_gets_on_may_lose_many_workers(front_end: FrontEnd) -> None:
+    async with fake_cluster(front_end, with_prefill=False, breaker=_PATIENT) as cluster:
+        generating = asyncio.create_task(cluster.generate([1], temperature=0.0, max_tokens=9))
+        tokens = [40, None, 41, None, 42, None]
+        await _lose_workers(cluster, tokens)
+        *_, decode = await cluster.decode.wait_for("decode", len(tokens) + 1)
+        assert list(decode.prompt_token_ids) == [1, 40, 41, 42]
+        cluster.decode.send(delta(decode.request_id, [43], _LENGTH))
+        assert (await generating).token_ids[0] == [40, 41, 42, 43]
+        cluster.assert_idle()
+
+
+@pytest.mark.parametrize(
+    "tokens", [[40, 41, None, None], list(range(40, 40 + MAX_FAILED_PLANS))], ids=["at one token", "at many tokens"]
+)
+async def test_a_request_that_kills_workers_ends_with_what_it_has(
+    front_end: FrontEnd, tokens: list[int | None]
+) -> None:
+    async with fake_cluster(front_end, with_prefill=False, breaker=_PATIENT) as cluster:
+        generating = asyncio.create_task(cluster.generate([1], temperature=0.0, max_tokens=99))
+        await _lose_workers(cluster, tokens)
+        with pytest.raises(ClusterRequestError, match="d1 was lost") as raised:
+            await generating
+        assert raised.value.error.generated == {0: [token for token in tokens if token is not None]}
+        cluster.assert_idle()
 
 
 async def test_what_was_generated_comes_before_the_failure_and_is_told_with_it(front_end: FrontEnd) -> None:

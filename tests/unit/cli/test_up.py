@@ -51,6 +51,7 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
         *("--kv-host-bytes", "1GiB", "--kv-disk-bytes", "1KiB", "--kv-disk-path", str(state_dir.parent)),
         *("--kv-transport", "grpc", "--kv-cache-gib", "2", "--policy", "prefix-only"),
         *("--max-queued-requests", "7", "--heartbeat-timeout-s", "3", "--engine-stuck-s", "20"),
+        *("--coordinator-args", "--max-plans 2"),
         *("--", "--vocab-size", "10"),
     )
     assert result.exit_code == 0, result.output
@@ -67,7 +68,7 @@ def test_flags_become_a_configuration(configs: list[UpConfig], listener: str, st
     assert list(config.coordinator_options) == [
         *("--policy", "prefix-only", "--local-prefill", "when-cheaper"),
         *("--max-queued-requests", "7", "--max-queued-tokens", "8000000", "--dispatch-ahead-s", "0.25"),
-        *("--heartbeat-timeout-s", "3.0"),
+        *("--heartbeat-timeout-s", "3.0", "--max-plans", "2"),
     ]
     assert list(config.worker_options) == [
         *("--heartbeat-timeout-s", "3.0", "--engine-stuck-s", "20.0", "--health-interval-s", "30.0")
