@@ -15,6 +15,7 @@ class TestedEngine:
     engine_options: Sequence[str]
     start_timeout_s: float
     """For all members together."""
+    heartbeat_timeout_s: float = 2.0
     is_model_known: bool
     """Whether `RequestPlan.expected` can tell what comes; otherwise the cluster is asked before anything is broken."""
 
@@ -39,7 +40,9 @@ VLLM = TestedEngine(
     worker_options=("--kv-host-bytes", str(64 << 20)),
     engine_options=("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16"),
     start_timeout_s=400.0,
+    heartbeat_timeout_s=5.0,
     is_model_known=False,
 )
-"""In float32, where what is generated does not depend on what else is in the batch."""
+"""In float32, where what is generated does not depend on what else is in the batch. Four of them on two cores leave the
+processes beside them without a core for seconds."""
 ENGINES = {engine.name: engine for engine in (SIMULATED, VLLM)}

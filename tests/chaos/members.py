@@ -62,12 +62,12 @@ def etcd_spec(directory: Path, addresses: Addresses) -> ChildSpec:
 
 def member_specs(directory: Path, addresses: Addresses, engine: TestedEngine) -> list[ChildSpec]:
     """The coordinators and workers."""
-    coordinators = [_coordinator(name, directory, addresses) for name in COORDINATORS]
+    coordinators = [_coordinator(name, directory, addresses, engine) for name in COORDINATORS]
     return [*coordinators, *(_worker(name, directory, addresses, engine) for name in WORKERS)]
 
 
-def _coordinator(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
-    command = ["coordinator", *_shared(name, addresses), "--coordinator-id", name]
+def _coordinator(name: str, directory: Path, addresses: Addresses, engine: TestedEngine) -> ChildSpec:
+    command = ["coordinator", *_shared(name, addresses, engine), "--coordinator-id", name]
     command += ["--local-prefill", _LOCAL_PREFILL[name]]
     for kind in ("grpc", "http"):
         command += [f"--{kind}", addresses.listen[name, kind]]
@@ -76,7 +76,7 @@ def _coordinator(name: str, directory: Path, addresses: Addresses) -> ChildSpec:
 
 def _worker(name: str, directory: Path, addresses: Addresses, engine: TestedEngine) -> ChildSpec:
     role = name.partition("-")[0]
-    command = [f"{role}-worker", *_shared(name, addresses), "--worker-id", name]
+    command = [f"{role}-worker", *_shared(name, addresses, engine), "--worker-id", name]
     command += engine.worker_options
     command += ["--listen", addresses.listen[name, "grpc"], "--advertise", addresses.advertised[name, "grpc"]]
     command += ["--kv-listen", addresses.listen[name, "kv"], "--kv-advertise", addresses.advertised[name, "kv"]]
@@ -87,8 +87,9 @@ def _worker(name: str, directory: Path, addresses: Addresses, engine: TestedEngi
     return _spec(name, directory, [*armed, *command, "--", *engine.engine_options], environment)
 
 
-def _shared(name: str, addresses: Addresses) -> list[str]:
-    return ["--etcd", addresses.etcd[name], "--cluster", CLUSTER]
+def _shared(name: str, addresses: Addresses, engine: TestedEngine) -> list[str]:
+    own = ["--etcd", addresses.etcd[name], "--cluster", CLUSTER]
+    return [*own, "--heartbeat-timeout-s", str(engine.heartbeat_timeout_s)]
 
 
 def _spec(
