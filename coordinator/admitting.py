@@ -16,7 +16,7 @@ from kvrelay.coordinator.flow_request import FlowRequest
 from kvrelay.coordinator.request_terms import RequestTerms
 from kvrelay.coordinator.request_trace import RequestTrace
 from kvrelay.coordinator.timeline import RequestTimeline
-from kvrelay.errors import KvrelayError, OverloadedError
+from kvrelay.errors import KvrelayError, NoWorkersError, OverloadedError
 
 _INTERVAL_S = 0.005
 """So often is looked for room while requests wait; workers have more to do than that."""
@@ -56,9 +56,14 @@ class Admitting:
         config: AdmissionConfig,
         capacity: Capacity,
         *,
+        wait_for_workers_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`wait_for_workers_s`: for how long requests that wait go on waiting while no worker is there."""
         self.queue = AdmissionQueue(config, capacity)
+        self._capacity = capacity
+        self._wait_for_workers_s = wait_for_workers_s
+        self._deserted_at_s: float | None = None
         self._dispatcher = dispatcher
         self._refuse = refuse
         self._expected_output_tokens = config.expected_output_tokens
@@ -112,10 +117,28 @@ class Admitting:
         now_s = self._clock()
         for late in self.queue.take_overdue(now_s):
             self._fail(late, OverloadedError(f"no worker had room within the {late.ttft_s:g} s of ttft_s; try later"))
+        if not self._has_workers(now_s):
+            return
         num_left = _MAX_RELEASES
         while num_left and (ticket := self.queue.next_ready(now_s)):
             self._start(ticket, now_s)
             num_left -= 1
+
+    def give_up(self) -> None:
+        """Refuse all that wait: nobody will come for them."""
+        for ticket in list(self._waiting):
+            self.queue.remove(ticket, self._clock())
+            self._fail(ticket, NoWorkersError("no decode worker came back in time; try again later"))
+
+    def _has_workers(self, now_s: float) -> bool:
+        if self._capacity.has_workers():
+            self._deserted_at_s = None
+            return True
+        if self._deserted_at_s is None:
+            self._deserted_at_s = now_s
+        if now_s >= self._deserted_at_s + self._wait_for_workers_s:
+            self.give_up()
+        return False
 
     def _start(self, ticket: Ticket, now_s: float) -> None:
         waiting = self._waiting[ticket]

@@ -49,7 +49,7 @@ class ClusterEngineConfig:
     max_plans: int = 3
     """See `DispatcherConfig`."""
     wait_for_workers_s: float = 60.0
-    """How long a request that has lost its worker waits for another to come."""
+    """How long a request that has lost its worker, or is queued, waits for another to come."""
     max_requests: int = 4096
     """Completions in flight; more are refused with RESOURCE_EXHAUSTED."""
     max_completions_per_request: int = MAX_N
@@ -103,7 +103,13 @@ class ClusterEngine(EngineControls):
             dispatch_ahead_s=admission.dispatch_ahead_s,
             may_prefill_locally=scheduler.may_prefill_locally,
         )
-        self._admitting = Admitting(self._dispatcher, self._sink.refuse, admission, capacity)
+        self._admitting = Admitting(
+            self._dispatcher,
+            self._sink.refuse,
+            admission,
+            capacity,
+            wait_for_workers_s=self._config.wait_for_workers_s,
+        )
         self._workers_changed = asyncio.Event()
         self.intake = RequestIntake(front_end, max_completions_per_request=self._config.max_completions_per_request)
 
@@ -279,6 +285,7 @@ class ClusterEngine(EngineControls):
         self._dispatcher.on_workers_changed()
 
     def on_closed(self) -> None:
+        self._admitting.give_up()
         self._dispatcher.on_closed()
 
     def _serving(self) -> list[Any]:

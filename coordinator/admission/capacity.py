@@ -19,6 +19,9 @@ class Capacity(Protocol):
     def has_room(self) -> bool:
         """Whether a worker would stand idle soon without more requests."""
 
+    def has_workers(self) -> bool:
+        """Whether anybody serves the model."""
+
     def tokens_per_s(self) -> float:
         """About how many tokens of prompts all workers compute; 0 when unknown."""
 
@@ -62,6 +65,9 @@ class WorkerCapacity:
                 return True
         # That there is nobody at all is for the scheduler to tell.
         return not any_decode or (generates and busy_decode_computes and not any_prefill)
+
+    def has_workers(self) -> bool:
+        return any(view.decodes and view.model == self._model and not view.draining for view in self._views())
 
     def tokens_per_s(self) -> float:
         serving = [view for view in self._views() if view.model == self._model and not view.draining]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from kvrelay.client import AsyncClient
@@ -12,6 +10,7 @@ from tests.support.sampler_cases import SAMPLER_CASES, all_at_once, one_by_one, 
 
 pytestmark = pytest.mark.timeout(600)
 
+NUM_TOKENS = 48
 KILLED_AFTER = 12
 """Tokens that every stream has got."""
 
@@ -19,8 +18,8 @@ KILLED_AFTER = 12
 async def test_streams_outlive_the_only_decode_worker(float32_cluster: LiveCluster) -> None:
     victim = float32_cluster.process_of("decode-worker")
     async with AsyncClient(float32_cluster.state.grpc_address) as client:
-        wanted = await one_by_one(client)
-        async with all_at_once(client, KILLED_AFTER) as streams:
+        wanted = await one_by_one(client, NUM_TOKENS)
+        async with all_at_once(client, NUM_TOKENS, begun=KILLED_AFTER) as streams:
             assert not any(stream.done() for stream in streams.values())
             victim.kill()
             got = {name: await stream for name, stream in streams.items()}

@@ -1,4 +1,4 @@
-"""Requests whose next token depends on more than the tokens before: generators, penalties, grammars, n of one prompt."""
+"""Requests whose next token depends on more than the tokens before: generators, penalties, grammars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kvrelay.client import AsyncClient
 from kvrelay.client.options import GenerateOptions
 from kvrelay.client.results import Collector, Generation
 
-NUM_TOKENS = 48
 _SEEDED: GenerateOptions = {"temperature": 1.0, "seed": 11}
 _GREEDY: GenerateOptions = {"temperature": 0.0}
 SAMPLER_CASES: Mapping[str, GenerateOptions] = {
@@ -26,35 +25,43 @@ SAMPLER_CASES: Mapping[str, GenerateOptions] = {
 _PROMPT = "Tell me about the lighthouse on the coast, its keeper and the ships that passed in the storm. " * 6
 
 
-async def one_by_one(client: AsyncClient) -> dict[str, Generation]:
+async def one_by_one(client: AsyncClient, max_tokens: int) -> dict[str, Generation]:
     """The answers when each case has the engines for itself."""
-    return {name: await _generate(client, name, 0, asyncio.Event()) for name in SAMPLER_CASES}
+    return {name: await _Stream(client, name, max_tokens).generate() for name in SAMPLER_CASES}
 
 
 @contextlib.asynccontextmanager
-async def all_at_once(client: AsyncClient, num_tokens: int) -> AsyncIterator[dict[str, asyncio.Task[Generation]]]:
-    """A stream for each case; entered once all of them have got so many tokens, or have ended."""
-    begun = {name: asyncio.Event() for name in SAMPLER_CASES}
+async def all_at_once(
+    client: AsyncClient, max_tokens: int, *, begun: int, num_begun: int = len(SAMPLER_CASES)
+) -> AsyncIterator[dict[str, asyncio.Task[Generation]]]:
+    """A stream for each case; entered once `num_begun` of them have got `begun` tokens, or have ended."""
+    streams = {name: _Stream(client, name, max_tokens, begun) for name in SAMPLER_CASES}
     async with asyncio.TaskGroup() as tasks:
-        streams = {
-            name: tasks.create_task(_generate(client, name, num_tokens, begun[name]), name=name)
-            for name in SAMPLER_CASES
-        }
-        for event in begun.values():
-            await event.wait()
-        yield streams
+        running = {name: tasks.create_task(stream.generate(), name=name) for name, stream in streams.items()}
+        waiting = asyncio.as_completed([stream.has_begun.wait() for stream in streams.values()])
+        for _, next_begun in zip(range(num_begun), waiting, strict=False):
+            await next_begun
+        yield running
 
 
-async def _generate(client: AsyncClient, name: str, num_tokens: int, begun: asyncio.Event) -> Generation:
-    options = SAMPLER_CASES[name]
-    collector = Collector()
-    async for chunk in client.stream(_PROMPT, max_tokens=NUM_TOKENS, include_timeline=True, **options):
-        collector.add(chunk)
-        tokens = collector.token_ids.values()
-        if len(tokens) == options.get("n", 1) and all(len(each) >= num_tokens for each in tokens):
-            begun.set()
-    begun.set()
-    return collector.result()
+class _Stream:
+    def __init__(self, client: AsyncClient, name: str, max_tokens: int, begun: int = 0) -> None:
+        self.has_begun = asyncio.Event()
+        self._client = client
+        self._options = SAMPLER_CASES[name]
+        self._max_tokens = max_tokens
+        self._begun = begun
+
+    async def generate(self) -> Generation:
+        collector = Collector()
+        stream = self._client.stream(_PROMPT, max_tokens=self._max_tokens, include_timeline=True, **self._options)
+        async for chunk in stream:
+            collector.add(chunk)
+            tokens = collector.token_ids.values()
+            if len(tokens) == self._options.get("n", 1) and all(len(each) >= self._begun for each in tokens):
+                self.has_begun.set()
+        self.has_begun.set()
+        return collector.result()
 
 
 def tokens_and_texts(answers: Mapping[str, Generation]) -> dict[str, list[tuple[Sequence[int], str]]]:

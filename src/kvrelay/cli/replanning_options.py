@@ -30,6 +30,6 @@ class ReplanningOptions:
             min=0.0,
             metavar="SECONDS",
             rich_help_panel=_PANEL,
-            help="A request that has lost its worker waits so long for another to come.",
+            help="A request that has lost its worker, or is queued, waits so long for another to come.",
         ),
     ] = 60.0

@@ -22,6 +22,10 @@ from kvrelay.v1 import common_pb2
 @dataclass
 class Room:
     left: int = 0
+    is_deserted: bool = False
+
+    def has_workers(self) -> bool:
+        return not self.is_deserted
 
     def has_room(self) -> bool:
         return self.left > 0
@@ -122,6 +126,32 @@ async def test_what_the_dispatcher_refuses_later_is_told_to_who_waits() -> None:
     setup.dispatcher.error = NoWorkersError("nobody")
     assert setup.release(room=1) == []
     assert setup.refused == [(["0_a", "1_a"], setup.dispatcher.error)]
+    setup.assert_idle()
+
+
+async def test_who_waits_goes_on_waiting_for_a_while_when_all_workers_are_gone() -> None:
+    setup = Setup()
+    setup.submit("a")
+    setup.room.is_deserted = True
+    assert setup.release(room=1) == []
+    setup.now_s += 59
+    assert setup.release(room=1) == []
+    setup.room.is_deserted = False
+    assert setup.release(room=1) == ["a"]
+    assert not setup.refused
+    setup.assert_idle()
+
+
+async def test_nobody_waits_for_ever_for_workers() -> None:
+    setup = Setup()
+    setup.submit("a")
+    setup.submit("b")
+    setup.room.is_deserted = True
+    setup.release(room=1)
+    setup.now_s += 60
+    setup.release(room=1)
+    assert [ids for ids, _ in setup.refused] == [["a"], ["b"]]
+    assert all(isinstance(error, NoWorkersError) for _, error in setup.refused)
     setup.assert_idle()
 
 

@@ -25,6 +25,9 @@ class FixedCapacity:
     def has_room(self) -> bool:
         return self.room
 
+    def has_workers(self) -> bool:
+        return True
+
     def tokens_per_s(self) -> float:
         return self.rate
 
