@@ -95,6 +95,8 @@ class Admitting:
         timeline.mark("admission.queued")
         trace.begin("queue", {"request.class": request.terms.request_class.name, "tenant": request.terms.tenant})
         completion_ids = {completion.request_id for completion in request.completions}
+        if not self._waiting:
+            self._deserted_at_s = None
         self._waiting[ticket] = _Waiting(request, timeline, trace, completion_ids)
         self._tickets.update(dict.fromkeys(completion_ids, ticket))
         self._set_timer()

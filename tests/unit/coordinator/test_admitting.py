@@ -142,6 +142,18 @@ async def test_who_waits_goes_on_waiting_for_a_while_when_all_workers_are_gone()
     setup.assert_idle()
 
 
+async def test_an_absence_of_workers_that_nobody_waited_out_does_not_count() -> None:
+    setup = Setup()
+    setup.submit("a")
+    setup.room.is_deserted = True
+    setup.release(room=1)
+    setup.admitting.cancel(["a"])
+    setup.now_s += 100
+    setup.submit("b")
+    assert setup.release(room=1) == []
+    assert not setup.refused
+
+
 async def test_nobody_waits_for_ever_for_workers() -> None:
     setup = Setup()
     setup.submit("a")
