@@ -107,8 +107,8 @@ def run_worker(config: WorkerConfig) -> int:
 
 def _prepare_process(scratch: str) -> None:
     """Settings of libraries that have no other interface than the environment, and of the allocator."""
-    # vLLM leaves its sockets where they are, and torch the folders that it compiles in.
-    os.environ["VLLM_RPC_BASE_PATH"] = scratch
+    # vLLM leaves its sockets where they are, and what its ranks meet over, and torch the folders that it compiles in.
+    os.environ["VLLM_RPC_BASE_PATH"] = os.environ["TMPDIR"] = scratch
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", scratch)
     # Forked engines would inherit gRPC's threads.
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
