@@ -102,7 +102,8 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._ends_with_connection():
             self.on_message_complete()
-        elif self._num_received_bytes:
+        # What has its answer cannot fail any more.
+        if self._num_received_bytes:
             self._fail(HttpProtocolError("the connection ended in the middle of the answer"))
         else:
             self._fail(StaleConnectionError("the connection ended before there was an answer"))
