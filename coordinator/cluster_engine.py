@@ -116,7 +116,7 @@ class ClusterEngine(EngineControls):
     @property
     def is_ready(self) -> bool:
         """Whether a decode worker serves the model now."""
-        return any(view.decodes and not view.draining for view in self._serving())
+        return any(view.serves(self.served_model_name) for view in self._pool.views())
 
     async def watch_ready(self) -> AsyncIterator[bool]:
         """`is_ready` now and whenever the workers have changed; for one reader."""

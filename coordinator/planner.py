@@ -55,7 +55,7 @@ class Planner:
 
     def has_decoder(self, without: Collection[str] = ()) -> bool:
         """Whether a decode worker serves the model, those left out that are called so."""
-        return any(view.decodes and not view.draining and view.model == self._model for view in self._fit(without))
+        return any(view.serves(self._model) for view in self._fit(without))
 
     def _fit(self, without: Collection[str]) -> Sequence[WorkerView]:
         return [view for view in self._pool.views() if view.worker_id not in without]

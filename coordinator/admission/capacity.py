@@ -67,7 +67,7 @@ class WorkerCapacity:
         return not any_decode or (generates and busy_decode_computes and not any_prefill)
 
     def has_workers(self) -> bool:
-        return any(view.decodes and view.model == self._model and not view.draining for view in self._views())
+        return any(view.serves(self._model) for view in self._views())
 
     def tokens_per_s(self) -> float:
         serving = [view for view in self._views() if view.model == self._model and not view.draining]

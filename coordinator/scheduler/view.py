@@ -56,6 +56,10 @@ class WorkerView:
     def decodes(self) -> bool:
         return self.role in _DECODING
 
+    def serves(self, model: str) -> bool:
+        """Whether it generates for this model, and goes on to."""
+        return self.decodes and not self.draining and self.model == model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestShape:

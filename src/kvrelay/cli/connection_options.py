@@ -15,7 +15,7 @@ _PANEL = "Clients"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionOptions:
-    """Of the HTTP API."""
+    """Of the HTTP API; `--stall-timeout` of the gRPC API as well."""
 
     max_connections: Annotated[
         int,
@@ -38,7 +38,8 @@ class ConnectionOptions:
             "--stall-timeout",
             min=0.1,
             rich_help_panel=_PANEL,
-            help="A client that takes nothing of its answer for so long is disconnected, seconds.",
+            help="A client that takes nothing of its answer for so long is disconnected, over gRPC its call ended,"
+            " seconds.",
         ),
     ] = 60.0
 
