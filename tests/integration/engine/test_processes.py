@@ -79,7 +79,7 @@ def test_what_no_child_had_stays(shared: Path) -> None:
 
 
 def test_a_resource_tracker_is_left_to_clean_up() -> None:
-    code = "from multiprocessing.resource_tracker import main; import sys; print(); sys.stdin.read()"
+    code = "from multiprocessing.resource_tracker import main; import sys; print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracker:
         assert tracker.stdout is not None
         tracker.stdout.readline()
